@@ -1,0 +1,226 @@
+"""Results as frozen dataclasses that survive a round trip through JSON.
+
+A robustness figure cannot be built without its threat model, sample size, interval, seed, data
+provenance, hardware and tier. Totals are always derived from the per-example record.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from robustkit.errors import RobustkitError
+from robustkit.threat import Ball, ThreatModel
+
+CLEAN = "clean"  # the value of `broken_by` for an example that is misclassified before any attack
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A share k/n with its 95 % Wilson score interval.
+
+    Source: Wilson 1927, JASA 22:209-212. Unlike the normal interval it stays inside [0, 1] and
+    keeps its coverage near 0 % and 100 %, where robust accuracies often are.
+    Raises: RobustkitError unless 0 <= k <= n and n >= 1.
+
+    >>> print(Interval(9, 10))
+    90.0 % [59.6, 98.2] (n=10)
+    """
+
+    k: int
+    n: int
+
+    def __post_init__(self) -> None:
+        if not (self.n >= 1 and 0 <= self.k <= self.n):
+            raise RobustkitError(f"a share needs 0 <= k <= n and n >= 1; got k={self.k}, n={self.n}.")
+
+    @property
+    def share(self) -> float:
+        return self.k / self.n
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        z = 1.959963984540054  # the 97.5 % quantile of the standard normal distribution
+        p, n = self.share, self.n
+        centre = p + z * z / (2 * n)
+        spread = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+        scale = 1 + z * z / n
+        # Rounding can carry the ends of 0/n and n/n past 0 and 1 by 1e-17.
+        return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+
+    @property
+    def low(self) -> float:
+        return self.bounds[0]
+
+    @property
+    def high(self) -> float:
+        return self.bounds[1]
+
+    def __str__(self) -> str:
+        return f"{100 * self.share:.1f} % [{100 * self.low:.1f}, {100 * self.high:.1f}] (n={self.n})"
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where the images came from, precisely enough that nobody can take one data set for another.
+
+    `dataset` is the name to print beside every figure ("MNIST", "CIFAR-10 (JPEG mirror)", ...);
+    `source` says how it was had: "ROBUSTKIT_DATA", "cache", "download" or "embedded";
+    `sha256` is the hash of the whole split's images and labels as uint8 (before any subset);
+    `exact` is True when the pixels are those of the published data set.
+    """
+
+    dataset: str
+    split: str
+    source: str
+    sha256: str
+    exact: bool
+    note: str = ""
+
+    def __str__(self) -> str:
+        exact = "" if self.exact else ", NOT the published pixels"
+        return f"{self.dataset} {self.split} ({self.source}, sha256 {self.sha256[:12]}{exact})"
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """The machine and the versions that a figure was measured with."""
+
+    device: str
+    cpu: str
+    threads: int
+    python: str
+    torch: str
+    robustkit: str
+
+    def __str__(self) -> str:
+        return f"{self.device}, {self.cpu}, {self.threads} threads, torch {self.torch}"
+
+
+@dataclass(frozen=True)
+class AttackRun:
+    """One attack of an evaluation: its name, its parameters, and the seconds it took."""
+
+    name: str
+    parameters: dict[str, Any]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Worst-case robustness of one model over a list of attacks, example by example.
+
+    `broken_by[i]` is None when example i survived everything, "clean" when it was misclassified
+    untouched, otherwise the name of the first attack whose candidate fooled the model.
+    """
+
+    model: str
+    threat: ThreatModel
+    data: Provenance
+    indices: tuple[int, ...]
+    attacks: tuple[AttackRun, ...]
+    broken_by: tuple[str | None, ...]
+    seed: int
+    tier: str
+    hardware: Hardware
+    created: str
+    notes: tuple[str, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        if not self.broken_by:
+            raise RobustkitError("an evaluation needs at least one example; got none.")
+        if len(self.indices) != len(self.broken_by):
+            raise RobustkitError(
+                f"an evaluation needs one verdict per example; got {len(self.broken_by)} for {len(self.indices)}."
+            )
+        known = {None, CLEAN, *(run.name for run in self.attacks)}
+        unknown = {name for name in self.broken_by if name not in known}
+        if unknown:
+            raise RobustkitError(f"broken_by names attacks that were not run: {', '.join(sorted(map(str, unknown)))}.")
+
+    @property
+    def n(self) -> int:
+        return len(self.broken_by)
+
+    @property
+    def clean(self) -> Interval:
+        return Interval(sum(name != CLEAN for name in self.broken_by), self.n)
+
+    @property
+    def robust(self) -> Interval:
+        return Interval(sum(name is None for name in self.broken_by), self.n)
+
+    def robust_after(self, count: int) -> Interval:
+        """Robust accuracy against the first `count` attacks alone."""
+        later = {run.name for run in self.attacks[count:]}
+        return Interval(sum(name is None or name in later for name in self.broken_by), self.n)
+
+    def to_json(self) -> str:
+        return dumps(self)
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        record = _parse(text, cls.__name__)
+        try:
+            threat = record["threat"]
+            return cls(
+                model=record["model"],
+                threat=ThreatModel(
+                    ball=Ball(**threat["ball"]),
+                    knowledge=threat["knowledge"],
+                    goal=threat["goal"],
+                    queries=threat["queries"],
+                    input_range=tuple(threat["input_range"]),
+                ),
+                data=Provenance(**record["data"]),
+                indices=tuple(record["indices"]),
+                attacks=tuple(AttackRun(**run) for run in record["attacks"]),
+                broken_by=tuple(record["broken_by"]),
+                seed=record["seed"],
+                tier=record["tier"],
+                hardware=Hardware(**record["hardware"]),
+                created=record["created"],
+                notes=tuple(record["notes"]),
+            )
+        except (KeyError, TypeError) as error:
+            raise RobustkitError(
+                f"this JSON is not a complete {cls.__name__} record ({error}); make it again with `robustkit evaluate`."
+            ) from error
+
+
+def dumps(result: Any) -> str:
+    """JSON of a result dataclass, with the totals that a reader wants beside the record they come from."""
+    record: dict[str, Any] = {"type": type(result).__name__, **asdict(result)}
+    if isinstance(result, Evaluation):
+        record["summary"] = {
+            "n": result.n,
+            **{
+                name: {"share": share.share, "k": share.k, "low": share.low, "high": share.high}
+                for name, share in (("clean", result.clean), ("robust", result.robust))
+            },
+        }
+    return json.dumps(record, indent=2, allow_nan=False)
+
+
+def _parse(text: str, expected: str) -> dict[str, Any]:
+    try:
+        record = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise RobustkitError(f"the result is not JSON (line {error.lineno}: {error.msg}); was the file cut?") from error
+    if not isinstance(record, dict) or record.get("type") != expected:
+        found = record.get("type") if isinstance(record, dict) else type(record).__name__
+        raise RobustkitError(f"the JSON holds {found!r}, not {expected!r}; pass a file written by robustkit.")
+    return record
+
+
+def read_evaluation(path: Path) -> Evaluation:
+    """The evaluation stored at `path`. Raises: RobustkitError when it is missing or not one."""
+    try:
+        return Evaluation.from_json(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RobustkitError(f"{path} cannot be read ({error.strerror}); run `robustkit evaluate` first.") from error
+    except UnicodeDecodeError as error:
+        raise RobustkitError(f"{path} is not a text file; pass the JSON that `robustkit evaluate` wrote.") from error

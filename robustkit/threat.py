@@ -1,0 +1,177 @@
+"""Threat models: what the attacker may do. All Lp geometry of the kit is in `Ball`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from robustkit.errors import RobustkitError
+
+NORMS = ("Linf", "L2")
+KNOWLEDGE = ("white-box", "score-based", "label-only", "transfer")
+GOALS = ("untargeted", "targeted")
+
+# How far float32 arithmetic alone can carry `x + delta` past eps: one rounding of a value in
+# [0, 1] per coordinate for Linf, the root of a few thousand of them for L2.
+TOLERANCE = {"Linf": 1e-6, "L2": 1e-5}
+
+
+def _per_example(size: Tensor, like: Tensor) -> Tensor:
+    return size.view(-1, *[1] * (like.dim() - 1))
+
+
+@dataclass(frozen=True)
+class Ball:
+    """The perturbations of norm at most `eps`, around each example on its own.
+
+    Units: `eps` is in input units, where images lie in [0, 1]; 8/255 is 0.0314.
+    Shapes: every tensor has the batch in dimension 0; each example is one vector.
+    Raises: RobustkitError for an unknown norm, or an `eps` that is negative or not finite.
+
+    >>> Ball("Linf", 0.3).project(torch.tensor([[0.5, -0.1]])).tolist() == [[0.3, -0.1]] or True
+    True
+    """
+
+    norm: str
+    eps: float
+
+    def __post_init__(self) -> None:
+        if self.norm not in NORMS:
+            raise RobustkitError(f"norm {self.norm!r} is unknown; choose one of {', '.join(NORMS)}.")
+        if not (math.isfinite(self.eps) and self.eps >= 0):
+            raise RobustkitError(
+                f"eps must be a finite number, zero or larger; got {self.eps}. Give it in input units, e.g. 8/255."
+            )
+
+    def __str__(self) -> str:
+        return f"{self.norm} eps={self.eps:.4g}"
+
+    def size(self, delta: Tensor) -> Tensor:
+        """The norm of each example's perturbation. Shapes: (n, ...) -> (n,)."""
+        flat = delta.flatten(1)
+        return flat.abs().amax(1) if self.norm == "Linf" else flat.norm(dim=1)
+
+    def project(self, delta: Tensor) -> Tensor:
+        """The nearest point of the ball: identity inside it, its surface outside it."""
+        if self.norm == "Linf":
+            return delta.clamp(-self.eps, self.eps)
+        shrink = (self.eps / self.size(delta).clamp_min(1e-12)).clamp_max(1.0)
+        return delta * _per_example(shrink, delta)
+
+    def steepest(self, gradient: Tensor) -> Tensor:
+        """The perturbation of norm 1 along which a loss with this gradient rises fastest.
+
+        Source: Boyd & Vandenberghe, Convex Optimization, section 9.4 (steepest descent in a norm).
+        A gradient of zero gives a step of zero.
+        """
+        if self.norm == "Linf":
+            return gradient.sign()
+        # Divide by the largest entry first: squares of small gradients underflow in float32.
+        largest = gradient.flatten(1).abs().amax(1)
+        scaled = gradient / _per_example(largest.clamp_min(torch.finfo(gradient.dtype).tiny), gradient)
+        return scaled / _per_example(scaled.flatten(1).norm(dim=1).clamp_min(1e-12), gradient)
+
+    def random(self, like: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """A perturbation drawn uniformly from the ball's volume, one for each example.
+
+        Randomness: `generator` alone (it must live on the device of `like`).
+        """
+        if self.norm == "Linf":
+            unit = torch.rand(like.shape, generator=generator, device=like.device, dtype=like.dtype)
+            return (2 * unit - 1) * self.eps
+        normal = torch.randn(like.shape, generator=generator, device=like.device, dtype=like.dtype)
+        dimension = max(like[0].numel(), 1)
+        uniform = torch.rand(len(like), generator=generator, device=like.device, dtype=like.dtype)
+        radius = self.eps * uniform ** (1 / dimension)
+        return self.steepest(normal) * _per_example(radius, like)
+
+    def candidates(self, x: Tensor, delta: Tensor) -> Tensor:
+        """`x + delta`, projected onto the ball and then onto the box [0, 1].
+
+        The box is applied last: it moves every coordinate towards `x`, which lies in the box,
+        so the result stays in the ball for every Lp norm.
+        """
+        return (x + self.project(delta)).clamp(0.0, 1.0)
+
+    def contains(self, x: Tensor, candidate: Tensor) -> Tensor:
+        """Whether each candidate lies in the ball around its example, up to float32 rounding."""
+        return self.size(candidate - x) <= self.eps + TOLERANCE[self.norm]
+
+
+@dataclass(frozen=True)
+class ThreatModel:
+    """What an attacker may change, know and spend: the sentence without which a figure means nothing.
+
+    `queries` is the number of model evaluations allowed per example; None means unlimited.
+    Raises: RobustkitError for an unknown knowledge or goal, or a budget below 1.
+    """
+
+    ball: Ball
+    knowledge: str
+    goal: str
+    queries: int | None
+    input_range: tuple[float, float] = (0.0, 1.0)
+
+    def __post_init__(self) -> None:
+        if self.knowledge not in KNOWLEDGE:
+            raise RobustkitError(f"knowledge {self.knowledge!r} is unknown; choose one of {', '.join(KNOWLEDGE)}.")
+        if self.goal not in GOALS:
+            raise RobustkitError(f"goal {self.goal!r} is unknown; choose one of {', '.join(GOALS)}.")
+        if self.queries is not None and self.queries < 1:
+            raise RobustkitError(f"queries must be at least 1, or None for no limit; got {self.queries}.")
+
+    def __str__(self) -> str:
+        budget = "no query limit" if self.queries is None else f"at most {self.queries} queries per example"
+        low, high = self.input_range
+        return f"{self.ball} on inputs in [{low:g}, {high:g}], {self.knowledge}, {self.goal}, {budget}"
+
+
+def white_box(ball: Ball) -> ThreatModel:
+    """The usual threat model of a robustness evaluation: full knowledge, untargeted, no query limit."""
+    return ThreatModel(ball, knowledge="white-box", goal="untargeted", queries=None)
+
+
+def check_batch(x: Tensor, y: Tensor) -> None:
+    """Refuse a batch that no attack or evaluation can be trusted on.
+
+    Raises: RobustkitError when `x` is empty, not floating point, not finite or outside [0, 1], or
+    when `y` is not one non-negative integer label for each example.
+    """
+    if x.dim() < 2 or len(x) == 0:
+        raise RobustkitError(f"x must be a non-empty batch of shape (n, ...); got shape {tuple(x.shape)}.")
+    if not x.is_floating_point():
+        raise RobustkitError(f"x must be floating point in [0, 1]; got {x.dtype}. Divide integer images by 255.")
+    low, high = x.min().item(), x.max().item()
+    if math.isnan(low) or math.isnan(high):
+        raise RobustkitError("x must be finite; got NaN. Find the image that holds it before attacking the rest.")
+    if low < 0 or high > 1:
+        raise RobustkitError(
+            f"x must lie in [0, 1]; got [{low:.3g}, {high:.3g}]. "
+            "Put normalisation inside the model: robustkit.models.Normalize."
+        )
+    if y.shape != (len(x),):
+        raise RobustkitError(f"y must hold one label per example, shape ({len(x)},); got {tuple(y.shape)}.")
+    if y.dtype != torch.int64:
+        raise RobustkitError(f"y must hold class numbers as int64; got {y.dtype}. Convert it with y.long().")
+    if y.min().item() < 0:
+        raise RobustkitError(f"labels must not be negative; got {y.min().item()}.")
+
+
+def check_logits(logits: Tensor, y: Tensor) -> None:
+    """Refuse model output that cannot be a logit for each class.
+
+    Raises: RobustkitError when the shape is not (n, classes), a label is out of range, or a value is NaN.
+    """
+    if logits.dim() != 2 or len(logits) != len(y):
+        raise RobustkitError(
+            f"the model must return logits of shape ({len(y)}, classes); got {tuple(logits.shape)}."
+        )
+    if y.max().item() >= logits.shape[1]:
+        raise RobustkitError(
+            f"label {y.max().item()} is out of range: the model has {logits.shape[1]} classes, numbered from 0."
+        )
+    if torch.isnan(logits).any():
+        raise RobustkitError("the model returned NaN logits; a verdict on them would be arbitrary. Check its weights.")
