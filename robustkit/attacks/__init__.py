@@ -1,0 +1,32 @@
+"""Attacks: functions from a batch to candidates, one file each.
+
+    attack(model, x, y, ball, *, generator=None, ...) -> Tensor
+
+`model` maps images in [0, 1] to logits. `x` goes in, candidates come out; an attack never says
+whether it succeeded, the evaluator does. Gradients are taken for the input alone; parameters, modes,
+`x` and the global random state are left as they were. Randomness comes from `generator` alone.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from robustkit.device import Model
+from robustkit.threat import Ball
+
+
+class Attack(Protocol):
+    """What `evaluate` and the adversarial-training losses call."""
+
+    def __call__(
+        self, model: Model, x: Tensor, y: Tensor, ball: Ball, *, generator: torch.Generator | None = None
+    ) -> Tensor: ...
+
+
+from robustkit.attacks.fgsm import fgsm, rs_fgsm  # noqa: E402
+from robustkit.attacks.pgd import pgd  # noqa: E402
+
+__all__ = ["Attack", "fgsm", "pgd", "rs_fgsm"]

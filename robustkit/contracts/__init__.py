@@ -1,0 +1,35 @@
+"""What learners' functions and models must satisfy; one contract for pytest, check cells and the judge."""
+
+from __future__ import annotations
+
+from robustkit.contracts import attacks, measures, models
+from robustkit.contracts.base import Arrays, Contract, Finding, examine, judge_safely, observe_safely
+from robustkit.contracts.oracle import LinearOracle
+
+CONTRACTS: dict[str, Contract] = {
+    "distance": measures.DISTANCE,
+    "projection": measures.PROJECTION,
+    "robust_accuracy": measures.ROBUST_ACCURACY,
+    "prediction": measures.PREDICTION,
+    "interval": measures.INTERVAL,
+    "fgsm": attacks.FGSM,
+    "fgsm_report": models.FGSM_REPORT,
+    "adversarial_loss": attacks.ADVERSARIAL_LOSS,
+    "rs_fgsm": attacks.RS_FGSM,
+    "pgd": attacks.PGD,
+    "alarms": measures.ALARMS,
+    "curve": measures.CURVE,
+    "robust_model": models.ROBUST_MODEL,
+    "statement": measures.STATEMENT,
+}
+
+__all__ = [
+    "CONTRACTS",
+    "Arrays",
+    "Contract",
+    "Finding",
+    "LinearOracle",
+    "examine",
+    "judge_safely",
+    "observe_safely",
+]

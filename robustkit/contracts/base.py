@@ -1,0 +1,85 @@
+"""What a contract is, and how one is checked.
+
+A contract has three parts, so that the same one serves pytest, the lesson's check cell and the
+grader: `draw` makes the case that the examiner supplies, `observe` runs the learner's object on it and
+only records, `judge` turns the record into findings. The grader runs `observe` in the learner's kernel
+and `judge` in another process; cases and evidence are plain arrays, so that they can travel.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+Arrays = dict[str, np.ndarray[Any, Any]]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong: the criterion it costs, a stable code, and a hint that is not the answer."""
+
+    criterion: str
+    code: str
+    hint: str
+
+
+@dataclass(frozen=True)
+class Contract:
+    """What a learner's object must satisfy, criterion by criterion. See the module docstring."""
+
+    criteria: tuple[str, ...]
+    draw: Callable[[int], Arrays]
+    observe: Callable[[Any, Arrays], Arrays]
+    judge: Callable[[Arrays, Arrays], list[Finding]]
+
+
+def text(value: object) -> np.ndarray[Any, Any]:
+    """JSON as bytes in an array: words can then travel beside numbers without pickles."""
+    return np.frombuffer(json.dumps(value).encode(), dtype=np.uint8)
+
+
+def untext(array: np.ndarray[Any, Any]) -> Any:
+    return json.loads(array.tobytes().decode())
+
+
+def observe_safely(contract: Contract, subject: Any, case: Arrays) -> Arrays:
+    """The observation, or the exception that the learner's code raised, as evidence."""
+    try:
+        return contract.observe(subject, case)
+    except NotImplementedError:
+        return {"error": text(["NOT_IMPLEMENTED", "the exercise is still a stub; replace the raise with your code"])}
+    except Exception as error:  # whatever a learner's function raises is a finding, never our crash
+        first = (str(error).strip().splitlines() or [""])[0][:200]
+        return {"error": text(["RAISED", f"your code raised {type(error).__name__}: {first}"])}
+
+
+def judge_safely(contract: Contract, case: Arrays, evidence: Arrays) -> list[Finding]:
+    """The findings; evidence that is missing or malformed costs every criterion.
+
+    Fail closed: an exception while judging means that the evidence is not what the contract records.
+    """
+    if "error" in evidence:
+        try:
+            code, hint = untext(evidence["error"])
+            return everywhere(contract, str(code), str(hint))
+        except (ValueError, TypeError):
+            return everywhere(contract, "EVIDENCE_MALFORMED", "the evidence cannot be read")
+    try:
+        return contract.judge(case, evidence)
+    except Exception as error:
+        return everywhere(contract, "EVIDENCE_MALFORMED", f"the evidence cannot be judged ({type(error).__name__})")
+
+
+def everywhere(contract: Contract, code: str, hint: str) -> list[Finding]:
+    """The same finding on every criterion: nothing was earned."""
+    return [Finding(criterion, code, hint) for criterion in contract.criteria]
+
+
+def examine(contract: Contract, subject: Any, seed: int) -> list[Finding]:
+    """Draw, observe and judge in this process: what the lesson's check cell and pytest do."""
+    case = contract.draw(seed)
+    return judge_safely(contract, case, observe_safely(contract, subject, case))

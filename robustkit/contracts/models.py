@@ -1,0 +1,161 @@
+"""Contracts of trained models: weights go in, the examiner measures them itself.
+
+The thresholds are pass marks for a tier, not reference figures: they stand below what the reference
+solution reaches, by more than the interval is wide, and the interval's lower bound must reach them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from robustkit.attacks import fgsm, pgd
+from robustkit.contracts.base import Arrays, Contract, Finding, text, untext
+from robustkit.data import load
+from robustkit.device import TIERS, seeded, strict_fp32, tier
+from robustkit.models import mnist_cnn
+from robustkit.results import Interval
+from robustkit.threat import Ball
+
+BALL = Ball("Linf", 0.3)
+EPSILONS = (0.1, 0.2, 0.3)
+N_REPORT = {"smoke": 300, "standard": 10_000, "full": 10_000}  # test images, the first n, that a learner reports on
+N_JUDGED = {"smoke": 200, "standard": 500, "full": 1000}
+
+# tier -> lowest share that the lower bound of the 95 % interval must reach
+CLEAN_MARK = {"smoke": 0.80, "standard": 0.96, "full": 0.96}
+ROBUST_CLEAN_MARK = {"smoke": 0.60, "standard": 0.96, "full": 0.96}
+PGD_HALF_MARK = {"smoke": 0.15, "standard": 0.60, "full": 0.60}
+PGD_FULL_MARK = {"smoke": 0.30, "standard": 0.83, "full": 0.85}
+
+
+def _draw(seed: int) -> Arrays:
+    """Only the seed and the tier: the images are drawn where they are judged, and stay there."""
+    return {"seed": np.int64(seed), "tier": text(tier())}
+
+
+def _first_images(level: str) -> tuple[Tensor, Tensor]:
+    """The test images that a learner reports on."""
+    data = load("mnist", "test")
+    return data.x[: N_REPORT[level]], data.y[: N_REPORT[level]]
+
+
+def _judged_images(case: Arrays) -> tuple[Tensor, Tensor]:
+    """A random part of the test set, by the case's seed."""
+    data = load("mnist", "test")
+    chosen = torch.randperm(len(data), generator=seeded(int(case["seed"]), "judged"))
+    chosen = chosen[: N_JUDGED[untext(case["tier"])]]
+    return data.x[chosen], data.y[chosen]
+
+
+def _weights(model: Any) -> Arrays:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a torch module, got {type(model).__name__}")
+    return {f"weights.{name}": value.detach().cpu().numpy() for name, value in model.state_dict().items()}
+
+
+def _rebuild(evidence: Arrays) -> nn.Module:
+    """The course's CNN with the submitted weights; ValueError when they are not its weights."""
+    model = mnist_cnn()
+    state = {}
+    for name, value in model.state_dict().items():
+        array = evidence[f"weights.{name}"]
+        if array.shape != tuple(value.shape) or array.dtype != np.float32 or not np.isfinite(array).all():
+            raise ValueError(name)
+        state[name] = torch.from_numpy(array)
+    model.load_state_dict(state)
+    return model.eval()
+
+
+def _correct(model: nn.Module, x: Tensor, y: Tensor, attack: Callable[[Tensor, Tensor], Tensor] | None = None) -> Tensor:
+    """Which examples the model gets right, after `attack` where there is one."""
+    right = []
+    for images, labels in zip(x.split(250), y.split(250), strict=True):
+        candidates = images if attack is None else attack(images, labels)
+        with torch.no_grad(), strict_fp32():
+            right.append(model(candidates).argmax(1) == labels)
+    return torch.cat(right)
+
+
+def _share(right: Tensor) -> Interval:
+    return Interval(int(right.sum()), len(right))
+
+
+# --- a clean model and the learner's report on it ----------------------------------------------------
+
+
+def _observe_report(subject: Any, case: Arrays) -> Arrays:
+    model, report = subject
+    rows = [[float(eps), *map(int, report[eps])] for eps in sorted(report)]
+    return {**_weights(model), "report": np.array(rows, dtype=np.float64)}
+
+
+def _judge_report(case: Arrays, evidence: Arrays) -> list[Finding]:
+    level = untext(case["tier"])
+    model, report = _rebuild(evidence), evidence["report"]
+    x, y = _first_images(level)
+    if report.shape != (3, 3) or not np.allclose(report[:, 0], EPSILONS):
+        return [Finding(c, "REPORT_INCOMPLETE", "report (k, n) for each of eps 0.1, 0.2, 0.3") for c in _REPORT]
+    found = []
+    clean = _share(_correct(model, x, y))
+    if clean.low < CLEAN_MARK[level]:
+        found.append(
+            Finding("clean", "MODEL_TOO_WEAK", f"clean accuracy {clean}: its lower bound must reach {CLEAN_MARK[level]:.0%}")
+        )
+    for eps, k, n in report:
+        if int(n) != len(y):
+            found.append(Finding("counts", "WRONG_N", f"eps {eps:g}: n is {n:g}, this tier measures {len(y)} images"))
+            break
+        ball = Ball("Linf", float(eps))
+        survived = int(_correct(model, x, y, lambda a, b, ball=ball: fgsm(model, a, b, ball)).sum())  # type: ignore[misc]
+        # Two honest runs differ in a few images at the decision boundary, through float32 alone.
+        if abs(k - survived) > max(2, 0.005 * n):
+            hint = f"eps {eps:g}: you report {k:g} of {n:g}, the judge's FGSM on your weights leaves another number"
+            found.append(Finding("counts", "REPORT_NOT_REPRODUCED", hint))
+            break
+    return found
+
+
+_REPORT = ("counts", "clean")
+FGSM_REPORT = Contract(_REPORT, _draw, _observe_report, _judge_report)
+
+
+# --- a robust model ----------------------------------------------------------------------------------
+
+
+def _observe_model(model: Any, case: Arrays) -> Arrays:
+    return _weights(model)
+
+
+def _judge_robust_model(case: Arrays, evidence: Arrays) -> list[Finding]:
+    level, seed = untext(case["tier"]), int(case["seed"])
+    if level not in TIERS:
+        raise ValueError(level)
+    model = _rebuild(evidence)
+    x, y = _judged_images(case)
+    clean_right = _correct(model, x, y)
+    attack = partial(pgd, steps=40, step_size=0.02, restarts=2, generator=seeded(seed, "judge"))
+    robust = _share(clean_right & _correct(model, x, y, lambda a, b: attack(model, a, b, BALL)))
+    clean, one_step = _share(clean_right), _share(clean_right & _correct(model, x, y, lambda a, b: fgsm(model, a, b, BALL)))
+    found = []
+    if clean.low < ROBUST_CLEAN_MARK[level]:
+        found.append(
+            Finding("clean", "CLEAN_ACCURACY_LOW", f"clean accuracy {clean}: lower bound below {ROBUST_CLEAN_MARK[level]:.0%}")
+        )
+    masked = one_step.share - robust.share > 0.2
+    code = "MASKED_GRADIENTS" if masked else "NOT_ROBUST"
+    hint = f"under PGD-40x2 at eps 0.3 it keeps {robust}"
+    if masked:
+        hint += f", under FGSM {one_step}: the one-step figure was an illusion"
+    for criterion, mark in (("pgd_half", PGD_HALF_MARK[level]), ("pgd_full", PGD_FULL_MARK[level])):
+        if robust.low < mark:
+            found.append(Finding(criterion, code, f"{hint}; the lower bound must reach {mark:.0%}"))
+    return found
+
+
+ROBUST_MODEL = Contract(("clean", "pgd_half", "pgd_full"), _draw, _observe_model, _judge_robust_model)

@@ -1,0 +1,111 @@
+"""A model on which every attack has a closed-form answer.
+
+Logits (-z, z) with z = <w, x - 0.5> + b. On it an L-inf attack of size eps can break a point exactly
+when |z| / ||w||_1 < eps (inside the box), the steepest direction for label y is -sign(w) for y = 1 and
+sign(w) for y = 0, and the true L2 radius is |z| / ||w||_2.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from robustkit.contracts.base import Arrays
+from robustkit.device import seeded
+
+EPS = 0.1
+SHAPE = (1, 6, 6)
+_FLIPPED = 8  # examples whose given label is not the model's: an attack must use the given one
+
+
+class LinearOracle(nn.Module):
+    """The linear model above; it counts its gradient passes and notes the mode of every forward pass.
+
+    Dropout makes train mode a different, random model. The child layer can be in another mode than the
+    root, which is how an attack that does not restore modes one by one is noticed.
+    """
+
+    def __init__(self, w: Tensor, b: float, dropout: float = 0.5) -> None:
+        super().__init__()
+        self.w = nn.Parameter(w.clone())
+        self.b = nn.Parameter(torch.tensor(b))
+        self.drop = nn.Dropout(dropout)
+        self.gradients = 0
+        self.forwards: list[bool] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.forwards.append(self.drop.training)
+        z = self.drop(x - 0.5).flatten(1) @ self.w + self.b
+        logits = torch.stack([-z, z], 1)
+        if logits.requires_grad:
+            logits.register_hook(self._count)
+        return logits
+
+    def _count(self, gradient: Tensor) -> None:
+        self.gradients += 1
+
+
+def draw_linear(seed: int) -> Arrays:
+    """Weights, an interior batch whose margins spread around EPS, and a batch in the box's corners."""
+    generator = seeded(seed, "linear oracle")
+    dimension = int(np.prod(SHAPE))
+    magnitude = 0.05 + 0.2 * torch.rand(dimension, generator=generator)
+    w = magnitude * torch.where(torch.rand(dimension, generator=generator) < 0.5, -1.0, 1.0)
+    b = 0.05 * torch.randn((), generator=generator)
+    n = 64
+    along = 0.2 * (2 * torch.rand(n, 1, generator=generator) - 1)
+    noise = 0.1 * (2 * torch.rand(n, dimension, generator=generator) - 1)
+    x = 0.5 + along * w.sign() + noise
+    y = ((x - 0.5) @ w + b > 0).long()
+    y[:_FLIPPED] = 1 - y[:_FLIPPED]
+    corners = (torch.rand(16, dimension, generator=generator) < 0.5).float()
+    corner_labels = ((corners - 0.5) @ w + b > 0).long()
+    return {
+        "w": w.numpy(),
+        "b": np.float32(b.item()),
+        "eps": np.float32(EPS),
+        "x": x.view(n, *SHAPE).numpy(),
+        "y": y.numpy(),
+        "corner_x": corners.view(-1, *SHAPE).numpy(),
+        "corner_y": corner_labels.numpy(),
+    }
+
+
+def oracle(case: Arrays, dropout: float = 0.5) -> LinearOracle:
+    return LinearOracle(torch.from_numpy(case["w"]), float(case["b"]), dropout)
+
+
+def z(case: Arrays, x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """The oracle's z in float64, from its definition."""
+    flat = x.reshape(len(x), -1).astype(np.float64)
+    return np.asarray((flat - 0.5) @ case["w"].astype(np.float64) + float(case["b"]))
+
+
+def ascent(case: Arrays, y: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """The sign of the loss's gradient: the direction that lowers z for label 1 and raises it for 0."""
+    towards = np.where(y == 1, -1.0, 1.0)[:, None] * np.sign(case["w"])[None, :]
+    return np.asarray(towards.reshape(len(y), *SHAPE))
+
+
+def breakable(case: Arrays, x: np.ndarray[Any, Any], y: np.ndarray[Any, Any], eps: float) -> np.ndarray[Any, Any]:
+    """1 where an L-inf attack of size eps must fool the model, 0 where it cannot, -1 too close to call."""
+    value = z(case, x)
+    margin = np.where(y == 1, value, -value) / np.abs(case["w"].astype(np.float64)).sum()
+    verdict = np.where(margin < eps, 1, 0)
+    verdict[np.abs(margin - eps) < 1e-4] = -1
+    return np.asarray(verdict)
+
+
+def adversarial_cross_entropy(case: Arrays, candidate: np.ndarray[Any, Any]) -> tuple[float, Tensor, Tensor]:
+    """The mean cross-entropy at `candidate` and its exact gradients for w and b."""
+    w = torch.from_numpy(case["w"]).double().requires_grad_()
+    b = torch.tensor(float(case["b"]), dtype=torch.float64, requires_grad=True)
+    flat = torch.from_numpy(candidate.reshape(len(candidate), -1)).double()
+    score = (flat - 0.5) @ w + b
+    loss = F.cross_entropy(torch.stack([-score, score], 1), torch.from_numpy(case["y"]))
+    gradient_w, gradient_b = torch.autograd.grad(loss, [w, b])
+    return float(loss), gradient_w, gradient_b

@@ -1,0 +1,236 @@
+"""The lessons' exercises, and the check that a learner runs: points and hints at once.
+
+The tables are public: what is asked, what it is worth, how long it takes. They hold no answers. The
+grader uses the same tables with cases of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from robustkit.contracts import CONTRACTS, Arrays, Finding, examine, observe_safely
+from robustkit.errors import RobustkitError
+
+VISIBLE_SEED = 0  # the seed of the cases that check cells use; the grader draws its own
+
+
+@dataclass(frozen=True)
+class Exercise:
+    """One autograded exercise. `names` are what the learner defines; `points` go by criterion.
+
+    `id` is the grade_id of its check cell; the solution cell has the same without "_check".
+    """
+
+    id: str
+    title: str
+    contract: str
+    names: tuple[str, ...]
+    points: Mapping[str, float]
+    difficulty: int  # 1 to 3
+    minutes: int
+
+    @property
+    def total(self) -> float:
+        return sum(self.points.values())
+
+
+@dataclass(frozen=True)
+class WrittenAnswer:
+    """One hand-marked answer: marked in formgrader against the rubric in its cell."""
+
+    id: str
+    title: str
+    points: float
+    minutes: int
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """A lesson folder, its exercises in order, and its minutes of reading and running beside them."""
+
+    id: str
+    title: str
+    exercises: tuple[Exercise, ...]
+    written: tuple[WrittenAnswer, ...]
+
+    @property
+    def autograded(self) -> float:
+        return sum(exercise.total for exercise in self.exercises)
+
+    def exercise(self, exercise_id: str) -> Exercise:
+        for exercise in self.exercises:
+            if exercise.id == exercise_id:
+                return exercise
+        known = ", ".join(exercise.id for exercise in self.exercises)
+        raise RobustkitError(f"{self.id} has no exercise {exercise_id!r}; it has {known}.")
+
+
+LESSONS: dict[str, Lesson] = {
+    lesson.id: lesson
+    for lesson in (
+        Lesson(
+            "00-start-here",
+            "Start here: adversarial examples, threat models, and how this kit checks you",
+            (
+                Exercise("s0_distance_check", "Distances", "distance", ("distance",), {"Linf": 1, "L2": 1}, 1, 5),
+                Exercise(
+                    "s0_project_check",
+                    "Projection",
+                    "projection",
+                    ("project",),
+                    {"ball": 1, "box": 1, "inside": 1},
+                    1,
+                    8,
+                ),
+                Exercise(
+                    "s0_robust_accuracy_check",
+                    "Robust accuracy",
+                    "robust_accuracy",
+                    ("robust_accuracy",),
+                    {"worst_case": 1, "clean_errors": 1},
+                    2,
+                    8,
+                ),
+            ),
+            (),
+        ),
+        Lesson(
+            "01-mnist-fgsm",
+            "Scenario 1: a CNN for MNIST that withstands FGSM, and what that is worth",
+            (
+                Exercise("s1_predict_check", "Predict", "prediction", ("prediction",), {"plausible": 1}, 1, 3),
+                Exercise(
+                    "s1_fgsm_check",
+                    "FGSM",
+                    "fgsm",
+                    ("fgsm",),
+                    {"ball": 1, "box": 1, "closed_form": 2, "hygiene": 1},
+                    2,
+                    20,
+                ),
+                Exercise("s1_interval_check", "Wilson interval", "interval", ("wilson",), {"value": 1, "edges": 1}, 1, 8),
+                Exercise(
+                    "s1_measure_check",
+                    "Measure FGSM",
+                    "fgsm_report",
+                    ("clean_model", "fgsm_report"),
+                    {"counts": 2, "clean": 1},
+                    1,
+                    10,
+                ),
+                Exercise(
+                    "s1_loss_check",
+                    "FGSM adversarial training",
+                    "adversarial_loss",
+                    ("fgsm_loss",),
+                    {"loss": 2, "gradient": 1, "modes": 1},
+                    2,
+                    15,
+                ),
+                Exercise(
+                    "s1_pgd_check",
+                    "PGD",
+                    "pgd",
+                    ("pgd",),
+                    {"ball": 1, "box": 1, "closed_form": 1, "start": 1, "steps": 1, "hygiene": 1},
+                    3,
+                    25,
+                ),
+                Exercise(
+                    "s1_alarms_check",
+                    "Alarms",
+                    "alarms",
+                    ("alarms",),
+                    {"leaking": 1, "masked": 1, "quiet": 1},
+                    2,
+                    10,
+                ),
+                Exercise(
+                    "s1_rs_fgsm_check",
+                    "Random-start FGSM",
+                    "rs_fgsm",
+                    ("rs_fgsm",),
+                    {"ball": 1, "box": 1, "start": 1, "step": 1, "hygiene": 1},
+                    2,
+                    15,
+                ),
+                Exercise(
+                    "s1_robust_model_check",
+                    "A robust model",
+                    "robust_model",
+                    ("robust_model",),
+                    {"clean": 1, "pgd_half": 2, "pgd_full": 2},
+                    2,
+                    15,
+                ),
+                Exercise("s1_curve_check", "Robustness curve", "curve", ("robust_curve",), {"counts": 2, "clean": 1}, 2, 12),
+                Exercise(
+                    "s1_statement_check",
+                    "Threat-model statement",
+                    "statement",
+                    ("statement",),
+                    {"complete": 1, "consistent": 1},
+                    1,
+                    8,
+                ),
+            ),
+            (WrittenAnswer("s1_judgement", "Judgement", 10, 25),),
+        ),
+    )
+}
+
+
+def find_exercise(exercise_id: str) -> Exercise:
+    """The exercise with this id, whichever lesson it is in. Raises: RobustkitError when there is none."""
+    for lesson in LESSONS.values():
+        for exercise in lesson.exercises:
+            if exercise.id == exercise_id:
+                return exercise
+    raise RobustkitError(f"exercise {exercise_id!r} is unknown; the check cell names it, leave that cell as it is.")
+
+
+def award(exercise: Exercise, findings: list[Finding]) -> dict[str, float]:
+    """Points by criterion: a criterion without findings is earned."""
+    lost = {finding.criterion for finding in findings}
+    return {criterion: 0.0 if criterion in lost else float(points) for criterion, points in exercise.points.items()}
+
+
+def check(exercise_id: str, *subject: Any) -> float:
+    """Check an exercise on the visible cases: print points and coded hints, return the points.
+
+    The grader uses the same contract on cases of its own; full marks here promise nothing there.
+    """
+    exercise = find_exercise(exercise_id)
+    findings = examine(CONTRACTS[exercise.contract], subject[0] if len(subject) == 1 else subject, VISIBLE_SEED)
+    earned = award(exercise, findings)
+    for criterion, points in exercise.points.items():
+        mark = "ok  " if earned[criterion] else "MISS"
+        print(f"{mark} {criterion}: {earned[criterion]:g}/{points:g}")
+        for code, hint in dict.fromkeys((f.code, f.hint) for f in findings if f.criterion == criterion):
+            print(f"       {code}: {hint}")
+    total = sum(earned.values())
+    print(f"{exercise.title}: {total:g} of {exercise.total:g} points on the visible check")
+    return total
+
+
+def collect(exercise: Exercise, namespace: Mapping[str, Any], case: Arrays) -> Arrays:
+    """What the grader runs inside the learner's kernel: the evidence for one exercise.
+
+    It records; it judges nothing. A missing name is recorded as such.
+    """
+    missing = [name for name in exercise.names if name not in namespace]
+    if missing:
+        from robustkit.contracts.base import text
+
+        return {"error": text(["NOT_FOUND", f"the notebook defines no {missing[0]}"])}
+    subject = [namespace[name] for name in exercise.names]
+    return observe_safely(CONTRACTS[exercise.contract], subject[0] if len(subject) == 1 else tuple(subject), case)
+
+
+def save_arrays(path: Any, arrays: Arrays) -> None:
+    """Cases and evidence on disk: an uncompressed .npz without pickles."""
+    np.savez(path, allow_pickle=False, **arrays)  # type: ignore[arg-type]

@@ -1,0 +1,81 @@
+"""Models of the course: normalisation inside, so that attacks and radii are in input units."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from robustkit.errors import RobustkitError
+from robustkit.models.files import load_weights, save_weights
+from robustkit.models.preact_resnet import PreActResNet
+
+__all__ = ["MODELS", "Normalize", "PreActResNet", "build", "load_weights", "mnist_cnn", "preact_resnet18", "save_weights"]
+
+
+class Normalize(nn.Module):
+    """(x - mean) / std, channel by channel, as the first layer of a model.
+
+    Inside the model, and not in the data pipeline, because eps is stated for images in [0, 1]: an
+    attack on normalised tensors is larger than it says by the factor 1 / std.
+    Shapes: (n, c, h, w) -> the same. Raises: RobustkitError unless every std is positive.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        super().__init__()
+        if len(mean) != len(std) or min(std) <= 0:
+            raise RobustkitError(f"Normalize needs one mean and one positive std per channel; got {mean} and {std}.")
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - self.mean) / self.std
+
+
+def mnist_cnn() -> nn.Sequential:
+    """The small CNN of scenario 1: two strided convolutions, two linear layers, 166,406 parameters.
+
+    Source: the MNIST network of Wong, Rice & Kolter 2020 (arXiv 2001.03994): small enough to be
+    trained against PGD on a laptop. Shapes: (n, 1, 28, 28) -> (n, 10).
+    Randomness: the initial weights, from torch's global generator.
+    """
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 4, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 4, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(32 * 7 * 7, 100),
+        nn.ReLU(),
+        nn.Linear(100, 10),
+    )
+
+
+def preact_resnet18(width: int = 64) -> nn.Sequential:
+    """The pre-activation ResNet-18 of scenario 2, for 32 x 32 colour images, normalisation inside.
+
+    Source: He et al. 2016 (arXiv 1603.05027) with SiLU in place of ReLU. Shapes: (n, 3, 32, 32) -> (n, 10).
+    """
+    return nn.Sequential(
+        Normalize((0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)), PreActResNet((2, 2, 2, 2), width)
+    )
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {"mnist_cnn": mnist_cnn, "preact_resnet18": preact_resnet18}
+
+
+def build(name: str, *, seed: int = 0) -> nn.Module:
+    """A freshly initialised model of the course by name.
+
+    Randomness: the initial weights, from `seed`; torch's global generator is left as it was.
+    Raises: RobustkitError for an unknown name.
+    """
+    if name not in MODELS:
+        raise RobustkitError(f"model {name!r} is unknown; choose one of {', '.join(MODELS)}.")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return MODELS[name]()
