@@ -76,7 +76,9 @@ LESSONS: dict[str, Lesson] = {
             "00-start-here",
             "Start here: adversarial examples, threat models, and how this kit checks you",
             (
-                Exercise("s0_distance_check", "Distances", "distance", ("distance",), {"Linf": 1, "L2": 1}, 1, 5),
+                Exercise(
+                    "s0_distance_check", "Distances", "distance", ("distance",), {"Linf": 1, "L2": 1}, 1, 5
+                ),
                 Exercise(
                     "s0_project_check",
                     "Projection",
@@ -102,7 +104,9 @@ LESSONS: dict[str, Lesson] = {
             "01-mnist-fgsm",
             "Scenario 1: a CNN for MNIST that withstands FGSM, and what that is worth",
             (
-                Exercise("s1_predict_check", "Predict", "prediction", ("prediction",), {"plausible": 1}, 1, 3),
+                Exercise(
+                    "s1_predict_check", "Predict", "prediction", ("prediction",), {"plausible": 1}, 1, 3
+                ),
                 Exercise(
                     "s1_fgsm_check",
                     "FGSM",
@@ -112,7 +116,15 @@ LESSONS: dict[str, Lesson] = {
                     2,
                     20,
                 ),
-                Exercise("s1_interval_check", "Wilson interval", "interval", ("wilson",), {"value": 1, "edges": 1}, 1, 8),
+                Exercise(
+                    "s1_interval_check",
+                    "Wilson interval",
+                    "interval",
+                    ("wilson",),
+                    {"value": 1, "edges": 1},
+                    1,
+                    8,
+                ),
                 Exercise(
                     "s1_measure_check",
                     "Measure FGSM",
@@ -167,7 +179,15 @@ LESSONS: dict[str, Lesson] = {
                     2,
                     15,
                 ),
-                Exercise("s1_curve_check", "Robustness curve", "curve", ("robust_curve",), {"counts": 2, "clean": 1}, 2, 12),
+                Exercise(
+                    "s1_curve_check",
+                    "Robustness curve",
+                    "curve",
+                    ("robust_curve",),
+                    {"counts": 2, "clean": 1},
+                    2,
+                    12,
+                ),
                 Exercise(
                     "s1_statement_check",
                     "Threat-model statement",
@@ -190,13 +210,18 @@ def find_exercise(exercise_id: str) -> Exercise:
         for exercise in lesson.exercises:
             if exercise.id == exercise_id:
                 return exercise
-    raise RobustkitError(f"exercise {exercise_id!r} is unknown; the check cell names it, leave that cell as it is.")
+    raise RobustkitError(
+        f"exercise {exercise_id!r} is unknown; the check cell names it, leave that cell as it is."
+    )
 
 
 def award(exercise: Exercise, findings: list[Finding]) -> dict[str, float]:
     """Points by criterion: a criterion without findings is earned."""
     lost = {finding.criterion for finding in findings}
-    return {criterion: 0.0 if criterion in lost else float(points) for criterion, points in exercise.points.items()}
+    return {
+        criterion: 0.0 if criterion in lost else float(points)
+        for criterion, points in exercise.points.items()
+    }
 
 
 def check(exercise_id: str, *subject: Any) -> float:
@@ -205,7 +230,9 @@ def check(exercise_id: str, *subject: Any) -> float:
     The grader uses the same contract on cases of its own; full marks here promise nothing there.
     """
     exercise = find_exercise(exercise_id)
-    findings = examine(CONTRACTS[exercise.contract], subject[0] if len(subject) == 1 else subject, VISIBLE_SEED)
+    findings = examine(
+        CONTRACTS[exercise.contract], subject[0] if len(subject) == 1 else subject, VISIBLE_SEED
+    )
     earned = award(exercise, findings)
     for criterion, points in exercise.points.items():
         mark = "ok  " if earned[criterion] else "MISS"
@@ -228,7 +255,9 @@ def collect(exercise: Exercise, namespace: Mapping[str, Any], case: Arrays) -> A
 
         return {"error": text(["NOT_FOUND", f"the notebook defines no {missing[0]}"])}
     subject = [namespace[name] for name in exercise.names]
-    return observe_safely(CONTRACTS[exercise.contract], subject[0] if len(subject) == 1 else tuple(subject), case)
+    return observe_safely(
+        CONTRACTS[exercise.contract], subject[0] if len(subject) == 1 else tuple(subject), case
+    )
 
 
 def save_arrays(path: Any, arrays: Arrays) -> None:

@@ -139,7 +139,9 @@ class Evaluation:
         known = {None, CLEAN, *(run.name for run in self.attacks)}
         unknown = {name for name in self.broken_by if name not in known}
         if unknown:
-            raise RobustkitError(f"broken_by names attacks that were not run: {', '.join(sorted(map(str, unknown)))}.")
+            raise RobustkitError(
+                f"broken_by names attacks that were not run: {', '.join(sorted(map(str, unknown)))}."
+            )
 
     @property
     def n(self) -> int:
@@ -209,7 +211,9 @@ def _parse(text: str, expected: str) -> dict[str, Any]:
     try:
         record = json.loads(text)
     except json.JSONDecodeError as error:
-        raise RobustkitError(f"the result is not JSON (line {error.lineno}: {error.msg}); was the file cut?") from error
+        raise RobustkitError(
+            f"the result is not JSON (line {error.lineno}: {error.msg}); was the file cut?"
+        ) from error
     if not isinstance(record, dict) or record.get("type") != expected:
         found = record.get("type") if isinstance(record, dict) else type(record).__name__
         raise RobustkitError(f"the JSON holds {found!r}, not {expected!r}; pass a file written by robustkit.")
@@ -221,6 +225,10 @@ def read_evaluation(path: Path) -> Evaluation:
     try:
         return Evaluation.from_json(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise RobustkitError(f"{path} cannot be read ({error.strerror}); run `robustkit evaluate` first.") from error
+        raise RobustkitError(
+            f"{path} cannot be read ({error.strerror}); run `robustkit evaluate` first."
+        ) from error
     except UnicodeDecodeError as error:
-        raise RobustkitError(f"{path} is not a text file; pass the JSON that `robustkit evaluate` wrote.") from error
+        raise RobustkitError(
+            f"{path} is not a text file; pass the JSON that `robustkit evaluate` wrote."
+        ) from error

@@ -117,7 +117,9 @@ class ThreatModel:
 
     def __post_init__(self) -> None:
         if self.knowledge not in KNOWLEDGE:
-            raise RobustkitError(f"knowledge {self.knowledge!r} is unknown; choose one of {', '.join(KNOWLEDGE)}.")
+            raise RobustkitError(
+                f"knowledge {self.knowledge!r} is unknown; choose one of {', '.join(KNOWLEDGE)}."
+            )
         if self.goal not in GOALS:
             raise RobustkitError(f"goal {self.goal!r} is unknown; choose one of {', '.join(GOALS)}.")
         if self.queries is not None and self.queries < 1:
@@ -143,10 +145,14 @@ def check_batch(x: Tensor, y: Tensor) -> None:
     if x.dim() < 2 or len(x) == 0:
         raise RobustkitError(f"x must be a non-empty batch of shape (n, ...); got shape {tuple(x.shape)}.")
     if not x.is_floating_point():
-        raise RobustkitError(f"x must be floating point in [0, 1]; got {x.dtype}. Divide integer images by 255.")
+        raise RobustkitError(
+            f"x must be floating point in [0, 1]; got {x.dtype}. Divide integer images by 255."
+        )
     low, high = x.min().item(), x.max().item()
     if math.isnan(low) or math.isnan(high):
-        raise RobustkitError("x must be finite; got NaN. Find the image that holds it before attacking the rest.")
+        raise RobustkitError(
+            "x must be finite; got NaN. Find the image that holds it before attacking the rest."
+        )
     if low < 0 or high > 1:
         raise RobustkitError(
             f"x must lie in [0, 1]; got [{low:.3g}, {high:.3g}]. "
@@ -174,4 +180,6 @@ def check_logits(logits: Tensor, y: Tensor) -> None:
             f"label {y.max().item()} is out of range: the model has {logits.shape[1]} classes, numbered from 0."
         )
     if torch.isnan(logits).any():
-        raise RobustkitError("the model returned NaN logits; a verdict on them would be arbitrary. Check its weights.")
+        raise RobustkitError(
+            "the model returned NaN logits; a verdict on them would be arbitrary. Check its weights."
+        )

@@ -51,7 +51,8 @@ def _side_effects(call: Call, case: Arrays) -> list[str]:
     left = {
         "INPUT_MODIFIED": not np.array_equal(x.numpy(force=True), case["x"]) or x.requires_grad,
         "WEIGHT_GRADIENTS_LEFT": any(p.grad is not None and bool(p.grad.any()) for p in model.parameters()),
-        "WEIGHTS_CHANGED": not torch.equal(weights, model.w) or not all(p.requires_grad for p in model.parameters()),
+        "WEIGHTS_CHANGED": not torch.equal(weights, model.w)
+        or not all(p.requires_grad for p in model.parameters()),
         "EVAL_MODE_MISSING": any(model.forwards),
         "MODE_NOT_RESTORED": not (model.training and model.drop.training),
         "GLOBAL_RANDOMNESS": not torch.equal(random_state, torch.random.get_rng_state()),
@@ -144,16 +145,23 @@ def _inside(case: Arrays, evidence: Arrays) -> list[Finding]:
     """Ball and box, on the interior batch and in the corners."""
     eps, found = float(case["eps"]), []
     change = max(
-        float(np.abs(evidence[name] - case[x]).max()) for name, x in (("candidate", "x"), ("corner", "corner_x"))
+        float(np.abs(evidence[name] - case[x]).max())
+        for name, x in (("candidate", "x"), ("corner", "corner_x"))
     )
     if change > eps + TOLERANCE["Linf"]:
         found.append(
-            Finding("ball", "EPS_BALL_VIOLATED", f"the largest change of a pixel is {change:.3f}, allowed is {eps:g}")
+            Finding(
+                "ball",
+                "EPS_BALL_VIOLATED",
+                f"the largest change of a pixel is {change:.3f}, allowed is {eps:g}",
+            )
         )
     low = min(float(evidence[name].min()) for name in ("candidate", "corner"))
     high = max(float(evidence[name].max()) for name in ("candidate", "corner"))
     if low < 0 or high > 1:
-        found.append(Finding("box", "BOX_VIOLATED", f"pixels reach [{low:.3f}, {high:.3f}]; images live in [0, 1]"))
+        found.append(
+            Finding("box", "BOX_VIOLATED", f"pixels reach [{low:.3f}, {high:.3f}]; images live in [0, 1]")
+        )
     return found
 
 
@@ -191,15 +199,26 @@ def _direction(case: Arrays, candidate: np.ndarray[Any, Any]) -> tuple[str, str]
         return "WRONG_SIGN", "every pixel moves so that the loss falls"
     honest = breakable(case, case["x"], case["y"], 0.0) == 0  # classified right before the attack
     if np.abs(moved[honest] - 1).max() <= 1e-3:
-        return "LABEL_IGNORED", "misclassified images are moved towards their true class; use the labels you are given"
+        return (
+            "LABEL_IGNORED",
+            "misclassified images are moved towards their true class; use the labels you are given",
+        )
     if np.abs(np.abs(moved) - 1).max() <= 1e-3:
         return "NOT_STEEPEST", "pixels move by eps, but not in the direction in which the loss rises fastest"
     if (moved > 0).all():
-        return "STEP_TOO_SMALL", f"pixels move the right way, but by {np.abs(moved).mean():.2f} eps on average, not by eps"
-    return "NOT_STEEPEST", f"only {100 * (moved > 0.999).mean():.0f} % of the pixels are where the steepest step puts them"
+        return (
+            "STEP_TOO_SMALL",
+            f"pixels move the right way, but by {np.abs(moved).mean():.2f} eps on average, not by eps",
+        )
+    return (
+        "NOT_STEEPEST",
+        f"only {100 * (moved > 0.999).mean():.0f} % of the pixels are where the steepest step puts them",
+    )
 
 
-def _blocked(case: Arrays, evidence: Arrays, criteria: tuple[str, ...], names: dict[str, str]) -> list[Finding]:
+def _blocked(
+    case: Arrays, evidence: Arrays, criteria: tuple[str, ...], names: dict[str, str]
+) -> list[Finding]:
     """The findings that leave nothing to judge: unusable candidates cost every criterion."""
     for name, x in names.items():
         reason = _unusable(evidence[name], case[x])
@@ -235,7 +254,9 @@ def _start_and_step(
     """Judge `moved` = min(uniform(-1, 1) + total, 1): its least value and how much of it is capped."""
     least, capped = float(moved.min()), float((moved > 0.999).mean())
     if moved.std() < 1e-3 or capped > 0.999:
-        return [Finding(start, "NO_RANDOM_START", "every pixel moves by the same amount: the start is not random")]
+        return [
+            Finding(start, "NO_RANDOM_START", "every pixel moves by the same amount: the start is not random")
+        ]
     if moved.mean() < 0:
         return [Finding(step, "WRONG_SIGN", "on average the pixels move so that the loss falls")]
     if abs(least - (total - 1)) > 0.02:
@@ -251,9 +272,12 @@ def _judge_rs_fgsm(case: Arrays, evidence: Arrays) -> list[Finding]:
         return blocked
     found = _inside(case, evidence) + _hygiene(evidence) + _randomness(evidence, "candidate")
     moved = _displacement(case, evidence["candidate"])
-    wrong = "STEP_SIZE", (
-        f"the pixel that moved least moved {moved.min():.2f} eps along the gradient's sign; "
-        "a start anywhere in the ball and a step of 1.25 eps leave at least 0.25"
+    wrong = (
+        "STEP_SIZE",
+        (
+            f"the pixel that moved least moved {moved.min():.2f} eps along the gradient's sign; "
+            "a start anywhere in the ball and a step of 1.25 eps leave at least 0.25"
+        ),
     )
     shape = _start_and_step(moved, 1.25, "start", "step", wrong)
     if not shape and np.array_equal(evidence["candidate"], evidence["other_seed"]):
@@ -272,12 +296,19 @@ def _judge_pgd(case: Arrays, evidence: Arrays) -> list[Finding]:
     wrong = int(((broken != (should == 1)) & (should >= 0)).sum())
     if reason := _direction(case, evidence["candidate"]):
         code, hint = reason
-        found.append(Finding("closed_form", code, f"{hint}; {wrong} images are broken that should not be, or the reverse"))
+        found.append(
+            Finding(
+                "closed_form", code, f"{hint}; {wrong} images are broken that should not be, or the reverse"
+            )
+        )
     moved = _displacement(case, evidence["short"])
     total = SHORT_STEPS * SHORT_STEP
     taken = (moved.min() + 1) / SHORT_STEP
-    count = "STEP_COUNT", (
-        f"asked for {SHORT_STEPS} steps of {SHORT_STEP:g} eps, the least-moved pixel shows {taken:.1f} of them"
+    count = (
+        "STEP_COUNT",
+        (
+            f"asked for {SHORT_STEPS} steps of {SHORT_STEP:g} eps, the least-moved pixel shows {taken:.1f} of them"
+        ),
     )
     shape = _start_and_step(moved, total, "start", "steps", count)
     if not shape and int(evidence["gradients"]) != SHORT_STEPS:
@@ -305,9 +336,15 @@ def _judge_loss(case: Arrays, evidence: Arrays) -> list[Finding]:
         elif abs(loss - n * expected) <= 1e-2:
             reason = "LOSS_SUMMED", "the loss is the sum over the batch; the learning rate expects the mean"
         elif abs(loss - (clean + expected) / 2) <= 1e-4:
-            reason = "MIXED_LOSS", "the loss averages clean and adversarial images; this exercise asks for the latter alone"
+            reason = (
+                "MIXED_LOSS",
+                "the loss averages clean and adversarial images; this exercise asks for the latter alone",
+            )
         else:
-            reason = "LOSS_VALUE", f"the loss is {loss:.3f}; at the FGSM candidates of this batch it is another"
+            reason = (
+                "LOSS_VALUE",
+                f"the loss is {loss:.3f}; at the FGSM candidates of this batch it is another",
+            )
         found.append(Finding("loss", *reason))
     elif bool(evidence["modified"]):
         found.append(Finding("loss", "INPUT_MODIFIED", HINTS["INPUT_MODIFIED"]))
@@ -325,7 +362,9 @@ def _judge_loss(case: Arrays, evidence: Arrays) -> list[Finding]:
     if len(forwards) < 2 or forwards[:-1].any():
         found.append(Finding("modes", "EVAL_MODE_MISSING", "the candidates were not made in eval mode"))
     elif not forwards[-1] or not bool(evidence["training"]):
-        found.append(Finding("modes", "TRAIN_MODE_MISSING", "the loss was computed with the model in eval mode"))
+        found.append(
+            Finding("modes", "TRAIN_MODE_MISSING", "the loss was computed with the model in eval mode")
+        )
     return found
 
 

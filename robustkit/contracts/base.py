@@ -51,7 +51,11 @@ def observe_safely(contract: Contract, subject: Any, case: Arrays) -> Arrays:
     try:
         return contract.observe(subject, case)
     except NotImplementedError:
-        return {"error": text(["NOT_IMPLEMENTED", "the exercise is still a stub; replace the raise with your code"])}
+        return {
+            "error": text(
+                ["NOT_IMPLEMENTED", "the exercise is still a stub; replace the raise with your code"]
+            )
+        }
     except Exception as error:  # whatever a learner's function raises is a finding, never our crash
         first = (str(error).strip().splitlines() or [""])[0][:200]
         return {"error": text(["RAISED", f"your code raised {type(error).__name__}: {first}"])}
@@ -71,7 +75,9 @@ def judge_safely(contract: Contract, case: Arrays, evidence: Arrays) -> list[Fin
     try:
         return contract.judge(case, evidence)
     except Exception as error:
-        return everywhere(contract, "EVIDENCE_MALFORMED", f"the evidence cannot be judged ({type(error).__name__})")
+        return everywhere(
+            contract, "EVIDENCE_MALFORMED", f"the evidence cannot be judged ({type(error).__name__})"
+        )
 
 
 def everywhere(contract: Contract, code: str, hint: str) -> list[Finding]:

@@ -45,7 +45,9 @@ def _judge_distance(case: Arrays, evidence: Arrays) -> list[Finding]:
     for norm, values in expected.items():
         got = evidence[norm]
         if got.shape != values.shape:
-            hint = f"{norm}: got shape {got.shape}; each of the {len(values)} images has a distance of its own"
+            hint = (
+                f"{norm}: got shape {got.shape}; each of the {len(values)} images has a distance of its own"
+            )
             found.append(Finding(norm, "NOT_PER_EXAMPLE", hint))
         elif not np.allclose(got, values, atol=1e-5):
             found.append(Finding(norm, "WRONG_DISTANCE", f"{norm}: image 0 is not {got[0]:.4f} away"))
@@ -85,18 +87,36 @@ def _judge_projection(case: Arrays, evidence: Arrays) -> list[Finding]:
     change = np.abs(evidence["far"] - x).max()
     if change > eps + 1e-6:
         found.append(
-            Finding("ball", "EPS_BALL_VIOLATED", f"a pixel is still {change:.3f} from its original; allowed is {eps:g}")
+            Finding(
+                "ball",
+                "EPS_BALL_VIOLATED",
+                f"a pixel is still {change:.3f} from its original; allowed is {eps:g}",
+            )
         )
     elif not np.allclose(evidence["far"], np.clip(np.clip(case["far"], x - eps, x + eps), 0, 1), atol=1e-6):
-        found.append(Finding("ball", "NOT_NEAREST", "a far point should go to the nearest point allowed, coordinate by coordinate"))
+        found.append(
+            Finding(
+                "ball",
+                "NOT_NEAREST",
+                "a far point should go to the nearest point allowed, coordinate by coordinate",
+            )
+        )
     if evidence["far"].min() < 0 or evidence["far"].max() > 1:
         found.append(Finding("box", "BOX_VIOLATED", "pixels leave [0, 1]; the result must still be an image"))
     if not np.allclose(evidence["near"], case["near"], atol=1e-6):
         found.append(
-            Finding("inside", "INTERIOR_MOVED", "a point that is already allowed was moved; a projection leaves it alone")
+            Finding(
+                "inside",
+                "INTERIOR_MOVED",
+                "a point that is already allowed was moved; a projection leaves it alone",
+            )
         )
     if not (bool(evidence["near_kept"]) and bool(evidence["far_kept"])):
-        found.append(Finding("inside", "INPUT_MODIFIED", "the candidate that you were given was changed; return a new one"))
+        found.append(
+            Finding(
+                "inside", "INPUT_MODIFIED", "the candidate that you were given was changed; return a new one"
+            )
+        )
     return found
 
 
@@ -114,7 +134,9 @@ def _draw_outcomes(seed: int) -> Arrays:
 
 
 def _observe_outcomes(robust_accuracy: Any, case: Arrays) -> Arrays:
-    result = robust_accuracy(torch.from_numpy(case["correct"].copy()), torch.from_numpy(case["fooled"].copy()))
+    result = robust_accuracy(
+        torch.from_numpy(case["correct"].copy()), torch.from_numpy(case["fooled"].copy())
+    )
     return {"result": _numbers(result)}
 
 
@@ -128,7 +150,13 @@ def _judge_outcomes(case: Arrays, evidence: Arrays) -> list[Finding]:
     if abs(value - right) < 1e-6:
         return []
     if abs(value - (~fooled.any(0)).mean()) < 1e-6:
-        return [Finding("clean_errors", "CLEAN_ERRORS_COUNTED", "an image that is misclassified untouched cannot be robust")]
+        return [
+            Finding(
+                "clean_errors",
+                "CLEAN_ERRORS_COUNTED",
+                "an image that is misclassified untouched cannot be robust",
+            )
+        ]
     if abs(value - (correct & ~fooled).mean(1).min()) < 1e-6:
         hint = "the least of the attacks' accuracies is not the accuracy under the worst attack on each image"
         return [Finding("worst_case", "MIN_OF_MEANS", hint)]
@@ -167,11 +195,17 @@ def _judge_interval(case: Arrays, evidence: Arrays) -> list[Finding]:
         p = case["k"] / case["n"]
         wald = 1.96 * np.sqrt(p * (1 - p) / case["n"])
         code, hint = "WRONG_INTERVAL", "the bounds are not those of the 95 % Wilson interval"
-        if evidence["inner"].shape == inner.shape and np.allclose(evidence["inner"][:, 1] - p, wald, atol=5e-4):
+        if evidence["inner"].shape == inner.shape and np.allclose(
+            evidence["inner"][:, 1] - p, wald, atol=5e-4
+        ):
             code, hint = "NORMAL_INTERVAL", "this is the normal interval; it fails near 0 % and 100 %"
         found.append(Finding("value", code, hint))
     if evidence["edges"].shape != edges.shape or not np.allclose(evidence["edges"], edges, atol=5e-4):
-        found.append(Finding("edges", "EDGE_CASES", "0 of 50 and 50 of 50 still leave doubt; the interval has width there"))
+        found.append(
+            Finding(
+                "edges", "EDGE_CASES", "0 of 50 and 50 of 50 still leave doubt; the interval has width there"
+            )
+        )
     return found
 
 
@@ -213,11 +247,18 @@ def _judge_curve(case: Arrays, evidence: Arrays) -> list[Finding]:
     found = []
     if counts[0] != expected[0]:
         found.append(
-            Finding("clean", "CLEAN_ERRORS_COUNTED", f"at eps 0 there are {counts[0]:g} robust images, but not so many are right")
+            Finding(
+                "clean",
+                "CLEAN_ERRORS_COUNTED",
+                f"at eps 0 there are {counts[0]:g} robust images, but not so many are right",
+            )
         )
     if np.abs(counts[1:] - expected[1:]).max() > 1:  # one image may lie on the boundary
         if (counts[1:] >= expected[1:]).all() and counts[0] == expected[0]:
-            reason = "CLEAN_ERRORS_COUNTED", "an image that is misclassified untouched is counted as robust under attack"
+            reason = (
+                "CLEAN_ERRORS_COUNTED",
+                "an image that is misclassified untouched is counted as robust under attack",
+            )
         else:
             reason = "WRONG_COUNT", "the counts of images that stay right under attack are off"
         found.append(Finding("counts", *reason))
@@ -258,7 +299,11 @@ def _draw_alarms(seed: int) -> Arrays:
 
 
 def _observe_alarms(alarms: Any, case: Arrays) -> Arrays:
-    return {"alarms": text([sorted(str(alarm) for alarm in alarms(*map(float, row))) for row in case["accuracies"]])}
+    return {
+        "alarms": text(
+            [sorted(str(alarm) for alarm in alarms(*map(float, row))) for row in case["accuracies"]]
+        )
+    }
 
 
 def _judge_alarms(case: Arrays, evidence: Arrays) -> list[Finding]:
@@ -271,7 +316,9 @@ def _judge_alarms(case: Arrays, evidence: Arrays) -> list[Finding]:
         if answers[i] != expected and criteria[kind] not in found:
             shown = f"clean {row[0]:.2f}, FGSM {row[1]:.2f}, PGD {row[2]:.2f}"
             code = "FALSE_ALARM" if len(answers[i]) > len(expected) else "MISSED_ALARM"
-            found[criteria[kind]] = Finding(criteria[kind], code, f"{shown}: you answer {answers[i] or 'no alarm'}")
+            found[criteria[kind]] = Finding(
+                criteria[kind], code, f"{shown}: you answer {answers[i] or 'no alarm'}"
+            )
     return list(found.values())
 
 
@@ -294,7 +341,9 @@ def _judge_prediction(case: Arrays, evidence: Arrays) -> list[Finding]:
     try:
         guesses = [float(value[key]) for key in ("0.1", "0.2", "0.3")]
     except (KeyError, TypeError, ValueError):
-        return [Finding("plausible", "PREDICTION_MISSING", "give one accuracy for each of eps 0.1, 0.2 and 0.3")]
+        return [
+            Finding("plausible", "PREDICTION_MISSING", "give one accuracy for each of eps 0.1, 0.2 and 0.3")
+        ]
     if not all(0 <= guess <= 1 for guess in guesses):
         return [Finding("plausible", "NOT_A_SHARE", "an accuracy lies between 0 and 1")]
     if not guesses[0] >= guesses[1] >= guesses[2]:
@@ -322,7 +371,12 @@ _STATEMENT_KEYS = (
 
 
 def _is_share(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and 0 <= value <= 1
+    return (
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and math.isfinite(value)
+        and 0 <= value <= 1
+    )
 
 
 def _judge_statement(case: Arrays, evidence: Arrays) -> list[Finding]:
@@ -335,12 +389,21 @@ def _judge_statement(case: Arrays, evidence: Arrays) -> list[Finding]:
         return [Finding(criterion, "STATEMENT_INCOMPLETE", hint) for criterion in ("complete", "consistent")]
     interval = value["interval"]
     problems = [
-        (value["norm"] != "Linf" or value["eps"] != 0.3, "this lesson's ball is Linf with eps 0.3, in input units"),
+        (
+            value["norm"] != "Linf" or value["eps"] != 0.3,
+            "this lesson's ball is Linf with eps 0.3, in input units",
+        ),
         (list(value["input_range"]) != [0, 1], "images lie in [0, 1]"),
         (value["knowledge"] not in KNOWLEDGE, f"knowledge is one of {', '.join(KNOWLEDGE)}"),
         (value["goal"] not in GOALS, f"goal is one of {', '.join(GOALS)}"),
-        (value["knowledge"] != "white-box", "an attack that uses the model's gradient is not limited to queries"),
-        (not (isinstance(value["n"], int) and value["n"] >= 1), "n is the number of images that were attacked"),
+        (
+            value["knowledge"] != "white-box",
+            "an attack that uses the model's gradient is not limited to queries",
+        ),
+        (
+            not (isinstance(value["n"], int) and value["n"] >= 1),
+            "n is the number of images that were attacked",
+        ),
         (not _is_share(value["robust_accuracy"]), "robust_accuracy is a share between 0 and 1"),
         (
             not (

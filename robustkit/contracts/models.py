@@ -24,7 +24,11 @@ from robustkit.threat import Ball
 
 BALL = Ball("Linf", 0.3)
 EPSILONS = (0.1, 0.2, 0.3)
-N_REPORT = {"smoke": 300, "standard": 10_000, "full": 10_000}  # test images, the first n, that a learner reports on
+N_REPORT = {
+    "smoke": 300,
+    "standard": 10_000,
+    "full": 10_000,
+}  # test images, the first n, that a learner reports on
 N_JUDGED = {"smoke": 200, "standard": 500, "full": 1000}
 
 # tier -> lowest share that the lower bound of the 95 % interval must reach
@@ -72,7 +76,9 @@ def _rebuild(evidence: Arrays) -> nn.Module:
     return model.eval()
 
 
-def _correct(model: nn.Module, x: Tensor, y: Tensor, attack: Callable[[Tensor, Tensor], Tensor] | None = None) -> Tensor:
+def _correct(
+    model: nn.Module, x: Tensor, y: Tensor, attack: Callable[[Tensor, Tensor], Tensor] | None = None
+) -> Tensor:
     """Which examples the model gets right, after `attack` where there is one."""
     right = []
     for images, labels in zip(x.split(250), y.split(250), strict=True):
@@ -100,16 +106,24 @@ def _judge_report(case: Arrays, evidence: Arrays) -> list[Finding]:
     model, report = _rebuild(evidence), evidence["report"]
     x, y = _first_images(level)
     if report.shape != (3, 3) or not np.allclose(report[:, 0], EPSILONS):
-        return [Finding(c, "REPORT_INCOMPLETE", "report (k, n) for each of eps 0.1, 0.2, 0.3") for c in _REPORT]
+        return [
+            Finding(c, "REPORT_INCOMPLETE", "report (k, n) for each of eps 0.1, 0.2, 0.3") for c in _REPORT
+        ]
     found = []
     clean = _share(_correct(model, x, y))
     if clean.low < CLEAN_MARK[level]:
         found.append(
-            Finding("clean", "MODEL_TOO_WEAK", f"clean accuracy {clean}: its lower bound must reach {CLEAN_MARK[level]:.0%}")
+            Finding(
+                "clean",
+                "MODEL_TOO_WEAK",
+                f"clean accuracy {clean}: its lower bound must reach {CLEAN_MARK[level]:.0%}",
+            )
         )
     for eps, k, n in report:
         if int(n) != len(y):
-            found.append(Finding("counts", "WRONG_N", f"eps {eps:g}: n is {n:g}, this tier measures {len(y)} images"))
+            found.append(
+                Finding("counts", "WRONG_N", f"eps {eps:g}: n is {n:g}, this tier measures {len(y)} images")
+            )
             break
         ball = Ball("Linf", float(eps))
         survived = int(_correct(model, x, y, lambda a, b, ball=ball: fgsm(model, a, b, ball)).sum())  # type: ignore[misc]
@@ -141,11 +155,18 @@ def _judge_robust_model(case: Arrays, evidence: Arrays) -> list[Finding]:
     clean_right = _correct(model, x, y)
     attack = partial(pgd, steps=40, step_size=0.02, restarts=2, generator=seeded(seed, "judge"))
     robust = _share(clean_right & _correct(model, x, y, lambda a, b: attack(model, a, b, BALL)))
-    clean, one_step = _share(clean_right), _share(clean_right & _correct(model, x, y, lambda a, b: fgsm(model, a, b, BALL)))
+    clean, one_step = (
+        _share(clean_right),
+        _share(clean_right & _correct(model, x, y, lambda a, b: fgsm(model, a, b, BALL))),
+    )
     found = []
     if clean.low < ROBUST_CLEAN_MARK[level]:
         found.append(
-            Finding("clean", "CLEAN_ACCURACY_LOW", f"clean accuracy {clean}: lower bound below {ROBUST_CLEAN_MARK[level]:.0%}")
+            Finding(
+                "clean",
+                "CLEAN_ACCURACY_LOW",
+                f"clean accuracy {clean}: lower bound below {ROBUST_CLEAN_MARK[level]:.0%}",
+            )
         )
     masked = one_step.share - robust.share > 0.2
     code = "MASKED_GRADIENTS" if masked else "NOT_ROBUST"

@@ -91,7 +91,9 @@ def ascent(case: Arrays, y: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     return np.asarray(towards.reshape(len(y), *SHAPE))
 
 
-def breakable(case: Arrays, x: np.ndarray[Any, Any], y: np.ndarray[Any, Any], eps: float) -> np.ndarray[Any, Any]:
+def breakable(
+    case: Arrays, x: np.ndarray[Any, Any], y: np.ndarray[Any, Any], eps: float
+) -> np.ndarray[Any, Any]:
     """1 where an L-inf attack of size eps must fool the model, 0 where it cannot, -1 too close to call."""
     value = z(case, x)
     margin = np.where(y == 1, value, -value) / np.abs(case["w"].astype(np.float64)).sum()

@@ -11,7 +11,16 @@ from robustkit.errors import RobustkitError
 from robustkit.models.files import load_weights, save_weights
 from robustkit.models.preact_resnet import PreActResNet
 
-__all__ = ["MODELS", "Normalize", "PreActResNet", "build", "load_weights", "mnist_cnn", "preact_resnet18", "save_weights"]
+__all__ = [
+    "MODELS",
+    "Normalize",
+    "PreActResNet",
+    "build",
+    "load_weights",
+    "mnist_cnn",
+    "preact_resnet18",
+    "save_weights",
+]
 
 
 class Normalize(nn.Module):
@@ -28,7 +37,9 @@ class Normalize(nn.Module):
     def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         super().__init__()
         if len(mean) != len(std) or min(std) <= 0:
-            raise RobustkitError(f"Normalize needs one mean and one positive std per channel; got {mean} and {std}.")
+            raise RobustkitError(
+                f"Normalize needs one mean and one positive std per channel; got {mean} and {std}."
+            )
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
 

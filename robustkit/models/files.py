@@ -45,7 +45,9 @@ def load_weights(model: nn.Module, path: Path) -> nn.Module:
     expected = {name: (tuple(value.shape), value.dtype) for name, value in model.state_dict().items()}
     found = _header(path, limit=sum(value.nbytes for value in model.state_dict().values()) + _MAX_HEADER)
     if missing := sorted(expected.keys() - found.keys()):
-        raise RobustkitError(f"{path.name} lacks {missing[0]} and is of another architecture; choose the matching model.")
+        raise RobustkitError(
+            f"{path.name} lacks {missing[0]} and is of another architecture; choose the matching model."
+        )
     if extra := sorted(found.keys() - expected.keys()):
         raise RobustkitError(f"{path.name} has the unknown tensor {extra[0]}; choose the matching model.")
     for name, (shape, dtype) in expected.items():
@@ -73,18 +75,26 @@ def _header(path: Path, limit: int) -> dict[str, tuple[tuple[int, ...], str]]:
     try:
         size = path.stat().st_size
         if size > limit:
-            raise RobustkitError(f"{path.name} has {size:,} bytes, at most {limit:,} fit this model; choose the matching one.")
+            raise RobustkitError(
+                f"{path.name} has {size:,} bytes, at most {limit:,} fit this model; choose the matching one."
+            )
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if not 2 <= length <= min(_MAX_HEADER, size):
-                raise RobustkitError(f"{path.name} is not a safetensors file; save weights with robustkit.save_weights.")
+                raise RobustkitError(
+                    f"{path.name} is not a safetensors file; save weights with robustkit.save_weights."
+                )
             header = json.loads(file.read(length))
         return {
-            name: (tuple(entry["shape"]), entry["dtype"]) for name, entry in header.items() if name != "__metadata__"
+            name: (tuple(entry["shape"]), entry["dtype"])
+            for name, entry in header.items()
+            if name != "__metadata__"
         }
     except OSError as error:
         raise RobustkitError(f"{path} cannot be read ({error.strerror}); check the path.") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, RobustkitError):
             raise
-        raise RobustkitError(f"{path.name} has an unreadable header; save weights with robustkit.save_weights.") from error
+        raise RobustkitError(
+            f"{path.name} has an unreadable header; save weights with robustkit.save_weights."
+        ) from error
