@@ -1,0 +1,53 @@
+# Every target sets up what it needs first; nothing is installed twice (see scripts/setup.sh).
+#   PYTHON=python3.12 make test    picks the interpreter
+#   VENV=/tmp/elsewhere make test  puts the environment somewhere else
+
+VENV ?= .venv
+export VENV
+# Activated, not called by path: nbgrader runs `alembic` and `jupyter` from PATH.
+RUN := . "$(VENV)/bin/activate" &&
+LAB_ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check lint notebooks lab bench clean distclean
+
+help: ## list these targets
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+
+setup: ## create the environment, or bring it up to date; no-op when nothing changed
+	@sh scripts/setup.sh
+
+demo: setup ## grade a class of example submissions to lesson 1, from build to class report
+	$(RUN) python -m grading demo
+
+# pytest comes last, so that its summary is the last line of a green run.
+test: setup lint notebooks ## everything that CI runs: lint, types, course build, notebooks, all tests
+	$(RUN) python -m pytest
+
+check: setup lint ## the quick half of test: lint, types, course build, fast tests
+	$(RUN) python -m pytest -m "not slow and not browser"
+
+lint: setup ## ruff, mypy, and that course/ is what solutions/ generates
+	$(RUN) python -m ruff check
+	$(RUN) python -m ruff format --check
+	$(RUN) python -m mypy
+	$(RUN) python -m grading build --check
+
+# A run of its own: in a notebook a third party's warning is output to look at, not an error.
+notebooks: setup ## execute every solution notebook in the smoke tier
+	$(RUN) ROBUSTKIT_TIER=smoke python -m pytest -W default --nbval-lax --nbval-current-env \
+	    --nbval-cell-timeout=600 solutions
+
+# nbgrader_config.py in this folder is what the nbgrader command and formgrader read.
+lab: setup ## JupyterLab on the course, with nbgrader and formgrader (LAB_ARGS="--no-browser --port 8889")
+	$(RUN) python -m jupyter lab --ServerApp.root_dir="$(CURDIR)" --LabApp.default_url=/lab/tree/course $(LAB_ARGS)
+
+bench: setup ## time PGD against the forward and backward passes it cannot do without
+	$(RUN) python scripts/bench.py
+
+clean: ## remove caches, builds and the demo's output; runs/, grades and the environment stay
+	rm -rf build dist demo screenshots .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -path './.venv*' -prune -o -type d \( -name __pycache__ -o -name .ipynb_checkpoints \) -print0 | xargs -0 rm -rf
+
+distclean: clean ## clean, and remove .venv too
+	rm -rf .venv .setup-lock robustkit.egg-info
