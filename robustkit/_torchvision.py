@@ -30,8 +30,8 @@ def import_torchvision() -> ModuleType:
             raise
         for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
             del sys.modules[name]  # the failed import leaves half-made modules behind
-        _library = torch.library.Library("torchvision", "DEF")  # type: ignore[no-untyped-call]
+        _library = torch.library.Library("torchvision", "DEF")
         for schema in _SCHEMAS.values():
-            _library.define(schema)  # type: ignore[no-untyped-call]
+            _library.define(schema)
         import torchvision
     return torchvision

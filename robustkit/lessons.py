@@ -262,4 +262,4 @@ def collect(exercise: Exercise, namespace: Mapping[str, Any], case: Arrays) -> A
 
 def save_arrays(path: Any, arrays: Arrays) -> None:
     """Cases and evidence on disk: an uncompressed .npz without pickles."""
-    np.savez(path, allow_pickle=False, **arrays)  # type: ignore[arg-type]
+    np.savez(path, allow_pickle=False, **arrays)

@@ -125,7 +125,7 @@ def train(
     """
     device = next(model.parameters()).device
     run = Run(recipe, schedule, ball, data.provenance, len(data), seed, tier, hardware(device))
-    model.to(memory_format=torch.channels_last)
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.Adam(model.parameters(), lr=schedule.peak_lr)
     batches = max(len(data) // schedule.batch_size, 1)
     total = schedule.epochs * batches
@@ -230,7 +230,7 @@ def _step(
             f"the loss is {loss.item()} at step {step}; lower peak_lr, now {schedule.peak_lr:g}."
         )
     optimizer.zero_grad()
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     optimizer.step()
     return float(loss.detach())
 

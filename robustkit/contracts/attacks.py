@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from robustkit.contracts.base import Arrays, Contract, Finding, text, untext
+from robustkit.contracts.base import Array, Arrays, Contract, Finding, text, untext
 from robustkit.contracts.oracle import (
     LinearOracle,
     adversarial_cross_entropy,
@@ -31,7 +31,7 @@ Call = Callable[[LinearOracle, Tensor, Tensor], Any]
 # --- observe: run and record ---------------------------------------------------------------------
 
 
-def _candidates(call: Call, case: Arrays, batch: str = "") -> tuple[np.ndarray[Any, Any], LinearOracle]:
+def _candidates(call: Call, case: Arrays, batch: str = "") -> tuple[Array, LinearOracle]:
     """The candidates for one batch, with the oracle in eval mode."""
     model = oracle(case).eval()
     x = torch.from_numpy(case[f"{batch}x"].copy())
@@ -114,7 +114,7 @@ def _observe_loss(loss_function: Any, case: Arrays) -> Arrays:
     if not isinstance(loss, Tensor) or loss.dim() != 0:
         raise TypeError("expected a scalar tensor that the training loop can call .backward() on")
     forwards = list(model.forwards)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     return {
         "loss": np.float64(loss.item()),
         "gradient_w": model.w.grad.numpy() if model.w.grad is not None else np.zeros(0),
@@ -128,7 +128,7 @@ def _observe_loss(loss_function: Any, case: Arrays) -> Arrays:
 # --- judge: findings from the record --------------------------------------------------------------
 
 
-def _unusable(candidate: np.ndarray[Any, Any], x: np.ndarray[Any, Any]) -> tuple[str, str] | None:
+def _unusable(candidate: Array, x: Array) -> tuple[str, str] | None:
     """Why a batch of candidates cannot be judged at all, or None."""
     if candidate.shape != x.shape:
         return "WRONG_SHAPE", f"candidates have shape {candidate.shape}, the batch has {x.shape}"
@@ -189,7 +189,7 @@ def _randomness(evidence: Arrays, first: str) -> list[Finding]:
     return []
 
 
-def _direction(case: Arrays, candidate: np.ndarray[Any, Any]) -> tuple[str, str] | None:
+def _direction(case: Arrays, candidate: Array) -> tuple[str, str] | None:
     """Why candidates that should be x + eps * sign(gradient) are not, or None."""
     eps = float(case["eps"])
     moved = (candidate - case["x"]) * ascent(case, case["y"]) / eps  # 1 everywhere when right
@@ -243,13 +243,13 @@ def _judge_fgsm(case: Arrays, evidence: Arrays) -> list[Finding]:
     return found
 
 
-def _displacement(case: Arrays, candidate: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+def _displacement(case: Arrays, candidate: Array) -> Array:
     """Each pixel's move along the ascent direction, in units of eps: start plus step, capped at 1."""
     return np.asarray((candidate - case["x"]) * ascent(case, case["y"]) / float(case["eps"]))
 
 
 def _start_and_step(
-    moved: np.ndarray[Any, Any], total: float, start: str, step: str, wrong_step: tuple[str, str]
+    moved: Array, total: float, start: str, step: str, wrong_step: tuple[str, str]
 ) -> list[Finding]:
     """Judge `moved` = min(uniform(-1, 1) + total, 1): its least value and how much of it is capped."""
     least, capped = float(moved.min()), float((moved > 0.999).mean())
@@ -356,7 +356,7 @@ def _judge_loss(case: Arrays, evidence: Arrays) -> list[Finding]:
     else:
         scale = n if found and found[0].code == "LOSS_SUMMED" else 1
         if np.abs(got_w - scale * gradient_w.numpy()).max() > 1e-4 * scale:
-            hint = "after .backward() .grad is not that of the adversarial loss; did making the candidates leave something?"
+            hint = "after .backward(), .grad is not that of the adversarial loss; did the candidates leave something?"
             found.append(Finding("gradient", "WEIGHT_GRADIENTS_LEFT", hint))
     forwards = evidence["forwards"].astype(bool)
     if len(forwards) < 2 or forwards[:-1].any():

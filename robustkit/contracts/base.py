@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-Arrays = dict[str, np.ndarray[Any, Any]]
+Array = np.ndarray[Any, Any]
+Arrays = dict[str, Any]  # of numpy arrays and numpy scalars: what np.savez keeps without pickles
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,12 @@ class Contract:
     judge: Callable[[Arrays, Arrays], list[Finding]]
 
 
-def text(value: object) -> np.ndarray[Any, Any]:
+def text(value: object) -> Array:
     """JSON as bytes in an array: words can then travel beside numbers without pickles."""
     return np.frombuffer(json.dumps(value).encode(), dtype=np.uint8)
 
 
-def untext(array: np.ndarray[Any, Any]) -> Any:
+def untext(array: Array) -> Any:
     return json.loads(array.tobytes().decode())
 
 
@@ -72,6 +73,9 @@ def judge_safely(contract: Contract, case: Arrays, evidence: Arrays) -> list[Fin
             return everywhere(contract, str(code), str(hint))
         except (ValueError, TypeError):
             return everywhere(contract, "EVIDENCE_MALFORMED", "the evidence cannot be read")
+    # Every comparison with NaN is false, so a judge that asks "is it too far off?" would be content with it.
+    if any(array.dtype.kind == "f" and not np.isfinite(array).all() for array in evidence.values()):
+        return everywhere(contract, "NOT_FINITE", "the result holds NaN or infinity")
     try:
         return contract.judge(case, evidence)
     except Exception as error:

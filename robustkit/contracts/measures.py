@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from robustkit.contracts.base import Arrays, Contract, Finding, text, untext
+from robustkit.contracts.base import Array, Arrays, Contract, Finding, text, untext
 from robustkit.contracts.oracle import draw_linear, oracle, z
 from robustkit.device import seeded
 from robustkit.results import Interval
@@ -17,7 +17,7 @@ from robustkit.threat import GOALS, KNOWLEDGE
 EPSILONS = (0.0, 0.03, 0.06, 0.1)
 
 
-def _numbers(value: Any) -> np.ndarray[Any, Any]:
+def _numbers(value: Any) -> Array:
     """A tensor, array, list or number as float64."""
     if isinstance(value, torch.Tensor):
         value = value.detach().numpy()

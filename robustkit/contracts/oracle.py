@@ -7,14 +7,12 @@ sign(w) for y = 0, and the true L2 radius is |z| / ||w||_2.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from robustkit.contracts.base import Arrays
+from robustkit.contracts.base import Array, Arrays
 from robustkit.device import seeded
 
 EPS = 0.1
@@ -79,21 +77,19 @@ def oracle(case: Arrays, dropout: float = 0.5) -> LinearOracle:
     return LinearOracle(torch.from_numpy(case["w"]), float(case["b"]), dropout)
 
 
-def z(case: Arrays, x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+def z(case: Arrays, x: Array) -> Array:
     """The oracle's z in float64, from its definition."""
     flat = x.reshape(len(x), -1).astype(np.float64)
     return np.asarray((flat - 0.5) @ case["w"].astype(np.float64) + float(case["b"]))
 
 
-def ascent(case: Arrays, y: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+def ascent(case: Arrays, y: Array) -> Array:
     """The sign of the loss's gradient: the direction that lowers z for label 1 and raises it for 0."""
     towards = np.where(y == 1, -1.0, 1.0)[:, None] * np.sign(case["w"])[None, :]
     return np.asarray(towards.reshape(len(y), *SHAPE))
 
 
-def breakable(
-    case: Arrays, x: np.ndarray[Any, Any], y: np.ndarray[Any, Any], eps: float
-) -> np.ndarray[Any, Any]:
+def breakable(case: Arrays, x: Array, y: Array, eps: float) -> Array:
     """1 where an L-inf attack of size eps must fool the model, 0 where it cannot, -1 too close to call."""
     value = z(case, x)
     margin = np.where(y == 1, value, -value) / np.abs(case["w"].astype(np.float64)).sum()
@@ -102,7 +98,7 @@ def breakable(
     return np.asarray(verdict)
 
 
-def adversarial_cross_entropy(case: Arrays, candidate: np.ndarray[Any, Any]) -> tuple[float, Tensor, Tensor]:
+def adversarial_cross_entropy(case: Arrays, candidate: Array) -> tuple[float, Tensor, Tensor]:
     """The mean cross-entropy at `candidate` and its exact gradients for w and b."""
     w = torch.from_numpy(case["w"]).double().requires_grad_()
     b = torch.tensor(float(case["b"]), dtype=torch.float64, requires_grad=True)

@@ -25,7 +25,8 @@ class PreActBlock(nn.Module):
         out = self.act(self.norm1(x))
         skip = x if self.shortcut is None else self.shortcut(out)
         out = self.conv1(out)
-        return self.conv2(self.act(self.norm2(out))) + skip
+        residual: Tensor = self.conv2(self.act(self.norm2(out)))
+        return residual + skip
 
 
 class PreActResNet(nn.Module):
