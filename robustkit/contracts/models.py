@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from robustkit.attacks import fgsm, pgd
 from robustkit.contracts.base import Arrays, Contract, Finding, text, untext
 from robustkit.data import load
-from robustkit.device import TIERS, seeded, strict_fp32, tier
+from robustkit.device import seeded, strict_fp32, tier
 from robustkit.models import mnist_cnn
 from robustkit.results import Interval
 from robustkit.threat import Ball
@@ -31,11 +31,13 @@ N_REPORT = {
 }  # test images, the first n, that a learner reports on
 N_JUDGED = {"smoke": 200, "standard": 500, "full": 1000}
 
-# tier -> lowest share that the lower bound of the 95 % interval must reach
-CLEAN_MARK = {"smoke": 0.80, "standard": 0.96, "full": 0.96}
-ROBUST_CLEAN_MARK = {"smoke": 0.60, "standard": 0.96, "full": 0.96}
-PGD_HALF_MARK = {"smoke": 0.15, "standard": 0.60, "full": 0.60}
-PGD_FULL_MARK = {"smoke": 0.30, "standard": 0.83, "full": 0.85}
+# Lowest share that the lower bound of the 95 % interval must reach, by tier. The embedded digits are
+# another, harder data set at eps 0.3, and have marks of their own.
+EMBEDDED = "embedded"
+CLEAN_MARK = {EMBEDDED: 0.80, "smoke": 0.80, "standard": 0.96, "full": 0.96}
+ROBUST_CLEAN_MARK = {EMBEDDED: 0.50, "smoke": 0.80, "standard": 0.96, "full": 0.96}
+PGD_HALF_MARK = {EMBEDDED: 0.03, "smoke": 0.25, "standard": 0.60, "full": 0.60}
+PGD_FULL_MARK = {EMBEDDED: 0.05, "smoke": 0.35, "standard": 0.83, "full": 0.85}
 
 
 def _draw(seed: int) -> Arrays:
@@ -43,18 +45,18 @@ def _draw(seed: int) -> Arrays:
     return {"seed": np.int64(seed), "tier": text(tier())}
 
 
-def _first_images(level: str) -> tuple[Tensor, Tensor]:
-    """The test images that a learner reports on."""
+def _first_images(level: str) -> tuple[Tensor, Tensor, str]:
+    """The test images that a learner reports on, and the row of the marks that applies to them."""
     data = load("mnist", "test")
-    return data.x[: N_REPORT[level]], data.y[: N_REPORT[level]]
+    n = N_REPORT[level]
+    return data.x[:n], data.y[:n], level if data.provenance.exact else EMBEDDED
 
 
-def _judged_images(case: Arrays) -> tuple[Tensor, Tensor]:
-    """A random part of the test set, by the case's seed."""
-    data = load("mnist", "test")
-    chosen = torch.randperm(len(data), generator=seeded(int(case["seed"]), "judged"))
-    chosen = chosen[: N_JUDGED[untext(case["tier"])]]
-    return data.x[chosen], data.y[chosen]
+def _judged_images(case: Arrays) -> tuple[Tensor, Tensor, str]:
+    """A random part of the test set, by the case's seed, and the row of the marks that applies."""
+    data, level = load("mnist", "test"), untext(case["tier"])
+    chosen = torch.randperm(len(data), generator=seeded(int(case["seed"]), "judged"))[: N_JUDGED[level]]
+    return data.x[chosen], data.y[chosen], level if data.provenance.exact else EMBEDDED
 
 
 def _weights(model: Any) -> Arrays:
@@ -102,9 +104,8 @@ def _observe_report(subject: Any, case: Arrays) -> Arrays:
 
 
 def _judge_report(case: Arrays, evidence: Arrays) -> list[Finding]:
-    level = untext(case["tier"])
     model, report = _rebuild(evidence), evidence["report"]
-    x, y = _first_images(level)
+    x, y, level = _first_images(untext(case["tier"]))
     if report.shape != (3, 3) or not np.allclose(report[:, 0], EPSILONS):
         return [
             Finding(c, "REPORT_INCOMPLETE", "report (k, n) for each of eps 0.1, 0.2, 0.3") for c in _REPORT
@@ -147,11 +148,8 @@ def _observe_model(model: Any, case: Arrays) -> Arrays:
 
 
 def _judge_robust_model(case: Arrays, evidence: Arrays) -> list[Finding]:
-    level, seed = untext(case["tier"]), int(case["seed"])
-    if level not in TIERS:
-        raise ValueError(level)
-    model = _rebuild(evidence)
-    x, y = _judged_images(case)
+    model, seed = _rebuild(evidence), int(case["seed"])
+    x, y, level = _judged_images(case)
     clean_right = _correct(model, x, y)
     attack = partial(pgd, steps=40, step_size=0.02, restarts=2, generator=seeded(seed, "judge"))
     robust = _share(clean_right & _correct(model, x, y, lambda a, b: attack(model, a, b, BALL)))
