@@ -336,8 +336,11 @@ def test_setup_is_repeated_only_when_its_inputs_changed(project):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL], ids=["interrupted", "killed"])
-def test_setup_that_was_cut_short_claims_nothing_and_starts_afresh(project, how):
+def test_setup_that_was_cut_short_claims_nothing_and_starts_afresh(project, how, request):
     repo, env = project
+    # A child inherits an ignored Ctrl-C, as under `&` in a script, and could then not be interrupted.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     with socket.create_server(("127.0.0.1", 0)) as index:  # a package index that never answers
         index.settimeout(120)
         slow = environment(
