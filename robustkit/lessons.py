@@ -175,7 +175,7 @@ LESSONS: dict[str, Lesson] = {
                     "A robust model",
                     "robust_model",
                     ("robust_model",),
-                    {"clean": 1, "pgd_half": 2, "pgd_full": 2},
+                    {"clean": 1, "pgd_half": 2, "pgd_full": 3},
                     2,
                     15,
                 ),

@@ -19,7 +19,8 @@ from robustkit.data import Dataset
 from robustkit.defences import DEFENCES, Defence
 from robustkit.device import hardware, modes_kept, seeded, strict_fp32
 from robustkit.errors import RobustkitError
-from robustkit.models.files import save_weights, write_atomically
+from robustkit.files import write_atomically
+from robustkit.models.files import save_weights
 from robustkit.results import Hardware, Interval, Provenance
 from robustkit.threat import Ball
 
@@ -112,16 +113,17 @@ def train(
 ) -> Run:
     """Train `model` in place, and return the history.
 
-    With a `run_dir`, a checkpoint is written every 30 seconds, at each epoch's end and on interruption;
-    the same call with the same directory goes on from it and gives the identical weights, because the
-    order of the images and the attack's random numbers are derived from (seed, step).
+    With a `run_dir`, a checkpoint is written every 30 seconds and at each epoch's end; the same call with
+    the same directory goes on from it and gives the identical weights, because the order of the images
+    and the attack's random numbers are derived from (seed, step). An interruption writes none: it falls
+    inside a step, where weights, batch statistics and the step number need not agree.
     After each epoch FGSM and PGD-10 are compared on 256 training images, and a gap over 20 points is
     warned of: catastrophic overfitting usually happens within one or two epochs.
 
     Source: Wong, Rice & Kolter 2020 (arXiv 2001.03994) for the triangular schedule; Adam.
     Randomness: `seed` alone; torch's global generator is restored.
     Raises: RobustkitError when the directory holds a checkpoint of another run, and when the loss stops
-    being finite; KeyboardInterrupt after the checkpoint is written.
+    being finite.
     """
     device = next(model.parameters()).device
     run = Run(recipe, schedule, ball, data.provenance, len(data), seed, tier, hardware(device))
@@ -159,15 +161,10 @@ def train(
             bar.update()
             if batch + 1 == batches:
                 now = time.perf_counter()
-                record = _monitor(
-                    model,
-                    data,
-                    ball,
-                    seed,
-                    epoch,
-                    progress_made.losses / batches,
-                    progress_made.seconds + now - started,
-                )
+                reached = replace(ball, eps=schedule.eps(ball.eps, (step + 1) / total))
+                seconds = progress_made.seconds + now - started
+                shares = _monitor(model, data, reached, seed, epoch)
+                record = Epoch(epoch + 1, progress_made.losses / batches, seconds, *shares)
                 progress_made = _Progress(progress_made.step, 0.0, 0.0, (*progress_made.history, record))
                 started = now
                 bar.set_postfix(
@@ -186,14 +183,6 @@ def train(
             ):
                 saved = time.perf_counter()
                 _save(checkpoint, run, model, optimizer, progress_made, saved - started)
-    except KeyboardInterrupt:
-        if checkpoint is not None:
-            _save(checkpoint, run, model, optimizer, progress_made, time.perf_counter() - started)
-            bar.write(
-                f"interrupted at step {progress_made.step}; the same command goes on from there",
-                file=sys.stderr,
-            )
-        raise
     finally:
         bar.close()
     run = replace(run, history=progress_made.history)
@@ -236,9 +225,9 @@ def _step(
 
 
 def _monitor(
-    model: nn.Module, data: Dataset, ball: Ball, seed: int, epoch: int, loss: float, seconds: float
-) -> Epoch:
-    """Clean, FGSM and PGD-10 accuracy on the same training images after every epoch."""
+    model: nn.Module, data: Dataset, ball: Ball, seed: int, epoch: int
+) -> tuple[Interval, Interval, Interval]:
+    """Clean, FGSM and PGD-10 accuracy on the same training images, in the ball that training has reached."""
     chosen = torch.randperm(len(data), generator=seeded(seed, "monitor"))[:MONITORED].to(data.x.device)
     x, y = data.x[chosen], data.y[chosen]
 
@@ -248,7 +237,7 @@ def _monitor(
             return Interval(int((model(images).argmax(1) == y).sum()), len(y))
 
     stronger = pgd(model, x, y, ball, steps=10, generator=seeded(seed, "monitor", epoch, device=x.device))
-    return Epoch(epoch + 1, loss, seconds, share(x), share(fgsm(model, x, y, ball)), share(stronger))
+    return share(x), share(fgsm(model, x, y, ball)), share(stronger)
 
 
 @dataclass
@@ -270,6 +259,7 @@ def _identity(run: Run) -> str:
     record = _record(run)
     for changing in ("history", "hardware"):
         del record[changing]
+    del record["data"]["source"]  # what was downloaded at the start is in the cache at the resumption
     return json.dumps(record, sort_keys=True)
 
 
@@ -300,17 +290,23 @@ def _resume(path: Path, run: Run, model: nn.Module, optimizer: torch.optim.Optim
         state = torch.load(path, map_location=next(model.parameters()).device, weights_only=True)
         same = state["identity"] == _identity(run)
         stored = json.loads(state["progress"])
+        progress = _Progress(
+            stored["step"], stored["losses"], stored["seconds"], tuple(map(_epoch, stored["history"]))
+        )
     except Exception as error:  # torch raises half a dozen types for a damaged file
         raise RobustkitError(f"{path} is not a readable checkpoint; delete it to start again.") from error
     if not same:
         raise RobustkitError(
             f"{path} belongs to a run with other settings; choose another directory or delete it."
         )
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    return _Progress(
-        stored["step"], stored["losses"], stored["seconds"], tuple(map(_epoch, stored["history"]))
-    )
+    try:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise RobustkitError(
+            f"{path} belongs to another model; choose another directory or delete it."
+        ) from error
+    return progress
 
 
 def _epoch(record: dict[str, Any]) -> Epoch:
