@@ -17,6 +17,7 @@ from robustkit.attacks import Attack, fgsm, pgd, rs_fgsm
 from robustkit.data import Dataset
 from robustkit.device import Model, attackable, hardware, seeded, strict_fp32
 from robustkit.errors import RobustkitError
+from robustkit.losses import margin
 from robustkit.results import CLEAN, AttackRun, Evaluation
 from robustkit.threat import Ball, check_batch, check_logits, white_box
 
@@ -38,7 +39,7 @@ def predict(model: Model, x: Tensor, y: Tensor) -> Tensor:
     with torch.no_grad(), strict_fp32(), attackable(model):
         logits = model(x)
     check_logits(logits, y)
-    return logits.argmax(1) == y
+    return margin(logits, y) < 0
 
 
 def evaluate(
@@ -111,7 +112,9 @@ def _run(
         if len(rows) == 0:
             break
         x, y = data.x[rows], data.y[rows]
-        candidates = attack(model, x, y, ball, generator=seeded(seed, name, int(rows[0]), device=x.device))
+        generator = seeded(seed, name, int(rows[0]), device=x.device)
+        # Copies: an attack that changes its input in place would otherwise be measured from there.
+        candidates = attack(model, x.clone(), y.clone(), ball, generator=generator)
         check_candidates(name, x, candidates, ball)
         right = predict(model, candidates, y).cpu()
         for row in rows[~right].tolist():
@@ -125,6 +128,11 @@ def _run(
 
 def check_candidates(name: str, x: Tensor, candidates: Tensor, ball: Ball) -> None:
     """Refuse candidates that the threat model does not allow. Raises: RobustkitError."""
+    if not isinstance(candidates, Tensor) or candidates.dtype != x.dtype:
+        found = candidates.dtype if isinstance(candidates, Tensor) else type(candidates).__name__
+        raise RobustkitError(
+            f"attack {name!r} returned {found} for images of {x.dtype}; return a tensor of those."
+        )
     if candidates.shape != x.shape:
         raise RobustkitError(
             f"attack {name!r} returned shape {tuple(candidates.shape)} for images of shape {tuple(x.shape)}; "

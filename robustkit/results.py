@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Self
+from types import UnionType
+from typing import Any, Self, get_args, get_origin, get_type_hints
 
 from robustkit.errors import RobustkitError
-from robustkit.threat import Ball, ThreatModel
+from robustkit.threat import ThreatModel
 
 CLEAN = "clean"  # the value of `broken_by` for an example that is misclassified before any attack
 
@@ -97,7 +98,8 @@ class Hardware:
     robustkit: str
 
     def __str__(self) -> str:
-        return f"{self.device}, {self.cpu}, {self.threads} threads, torch {self.torch}"
+        threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
+        return f"{self.device}, {self.cpu}, {threads}, torch {self.torch}"
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,12 @@ class Evaluation:
             raise RobustkitError(
                 f"an evaluation needs one verdict per example; got {len(self.broken_by)} for {len(self.indices)}."
             )
-        known = {None, CLEAN, *(run.name for run in self.attacks)}
+        names = [CLEAN, *(run.name for run in self.attacks)]
+        if len(set(names)) < len(names):
+            raise RobustkitError(
+                f"the attacks of an evaluation need different names, none of them {CLEAN!r}; got {names[1:]}."
+            )
+        known = {None, *names}
         unknown = {name for name in self.broken_by if name not in known}
         if unknown:
             raise RobustkitError(
@@ -167,30 +174,12 @@ class Evaluation:
     def from_json(cls, text: str) -> Self:
         record = _parse(text, cls.__name__)
         try:
-            threat = record["threat"]
-            return cls(
-                model=record["model"],
-                threat=ThreatModel(
-                    ball=Ball(**threat["ball"]),
-                    knowledge=threat["knowledge"],
-                    goal=threat["goal"],
-                    queries=threat["queries"],
-                    input_range=tuple(threat["input_range"]),
-                ),
-                data=Provenance(**record["data"]),
-                indices=tuple(record["indices"]),
-                attacks=tuple(AttackRun(**run) for run in record["attacks"]),
-                broken_by=tuple(record["broken_by"]),
-                seed=record["seed"],
-                tier=record["tier"],
-                hardware=Hardware(**record["hardware"]),
-                created=record["created"],
-                notes=tuple(record["notes"]),
-            )
-        except (KeyError, TypeError) as error:
+            result: Self = _build(cls, record, cls.__name__)
+        except (KeyError, TypeError, OverflowError) as error:
             raise RobustkitError(
                 f"this JSON is not a complete {cls.__name__} record ({error}); make it again with `robustkit evaluate`."
             ) from error
+        return result
 
 
 def dumps(result: Any) -> str:
@@ -214,16 +203,51 @@ def _parse(text: str, expected: str) -> dict[str, Any]:
         raise RobustkitError(
             f"the result is not JSON (line {error.lineno}: {error.msg}); was the file cut?"
         ) from error
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits, a thousand brackets
+        raise RobustkitError(
+            "the JSON is not one that robustkit wrote; pass a file written by it."
+        ) from error
     if not isinstance(record, dict) or record.get("type") != expected:
         found = record.get("type") if isinstance(record, dict) else type(record).__name__
         raise RobustkitError(f"the JSON holds {found!r}, not {expected!r}; pass a file written by robustkit.")
     return record
 
 
+def _build(kind: Any, value: Any, name: str) -> Any:
+    """`value`, parsed from JSON, as the annotated type `kind`: what a result holds is what it declares.
+
+    Raises: KeyError for a missing field, TypeError for one of another type, RobustkitError from the
+    dataclasses themselves.
+    """
+    if is_dataclass(kind) and isinstance(value, dict):
+        hints = get_type_hints(kind)
+        made: Any = kind
+        return made(
+            **{part.name: _build(hints[part.name], value[part.name], part.name) for part in fields(kind)}
+        )
+    arguments = get_args(kind)
+    if get_origin(kind) is tuple and isinstance(value, list):
+        kinds = [arguments[0]] * len(value) if arguments[-1] is ... else list(arguments)
+        if len(kinds) == len(value):
+            return tuple(_build(each, part, name) for each, part in zip(kinds, value, strict=True))
+    elif get_origin(kind) is dict and isinstance(value, dict):
+        return value
+    elif get_origin(kind) is UnionType:
+        if value is None:
+            return None
+        return _build(arguments[0], value, name)
+    elif kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+        if math.isfinite(value):
+            return float(value)
+    elif type(value) is kind:
+        return value
+    raise TypeError(f"{name} cannot be {json.dumps(value)[:60]}")
+
+
 def read_evaluation(path: Path) -> Evaluation:
-    """The evaluation stored at `path`. Raises: RobustkitError when it is missing or not one."""
+    """The evaluation stored at `path`. Raises: RobustkitError, naming the file, when it is missing or not one."""
     try:
-        return Evaluation.from_json(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise RobustkitError(
             f"{path} cannot be read ({error.strerror}); run `robustkit evaluate` first."
@@ -232,3 +256,7 @@ def read_evaluation(path: Path) -> Evaluation:
         raise RobustkitError(
             f"{path} is not a text file; pass the JSON that `robustkit evaluate` wrote."
         ) from error
+    try:
+        return Evaluation.from_json(text)
+    except RobustkitError as error:
+        raise RobustkitError(f"{path}: {error}") from error

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from pathlib import Path
 
 import safetensors.torch
@@ -12,6 +10,9 @@ import torch
 from torch import nn
 
 from robustkit.errors import RobustkitError
+from robustkit.files import write_atomically
+
+__all__ = ["load_weights", "save_weights", "write_atomically"]
 
 _MAX_HEADER = 1 << 20  # bytes; the header of a ResNet's file is a few kilobytes
 
@@ -21,19 +22,6 @@ def save_weights(model: nn.Module, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     write_atomically(path, safetensors.torch.save(state))
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write to a temporary neighbour, then rename: a reader never sees half a file."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        Path(temporary).chmod(0o644)  # mkstemp's 0600 would hide results from a class
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def load_weights(model: nn.Module, path: Path) -> nn.Module:
@@ -92,7 +80,7 @@ def _header(path: Path, limit: int) -> dict[str, tuple[tuple[int, ...], str]]:
         }
     except OSError as error:
         raise RobustkitError(f"{path} cannot be read ({error.strerror}); check the path.") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, RobustkitError):
             raise
         raise RobustkitError(

@@ -1,0 +1,419 @@
+"""The `robustkit` command: parse, one library call, write, print a summary.
+
+Data go to stdout, progress and complaints to stderr. `main` is the one place where an error becomes a
+sentence and an exit status: 0 done, 1 the doctor found something essential broken, 2 bad input, 130
+interrupted. torch is imported by the commands that need it, so `--help` and `report` are quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from robustkit import __version__
+from robustkit.errors import RobustkitError
+from robustkit.files import write_atomically
+
+if TYPE_CHECKING:
+    from robustkit.data import Dataset
+    from robustkit.device import Model
+    from robustkit.doctor import Diagnosis
+    from robustkit.results import Evaluation
+    from robustkit.train import Run
+
+# Model, norm and eps that go with a data set where the command line names none.
+_USUAL = {"mnist": ("mnist_cnn", "Linf", 0.3), "digits": ("mnist_cnn", "Linf", 0.3)}
+_USUAL |= dict.fromkeys(
+    ("cifar10", "cifar10-jpeg", "cifar10-lossless-4k"), ("preact_resnet18", "Linf", 8 / 255)
+)
+_IMAGES: dict[str, int | None] = {"smoke": 200, "standard": 1_000, "full": None}
+
+_OF_A_RUN = ("checkpoint.pt", "model.safetensors", "run.json")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; return its exit status."""
+    try:
+        options = _parser().parse_args(arguments)
+        command: Callable[[argparse.Namespace], int] = options.command
+        status = command(options)
+        sys.stdout.flush()
+        return status
+    except RobustkitError as error:
+        return _complain(str(error), 2)
+    except BrokenPipeError:
+        # The reader of stdout, such as `head`, has gone. Python's own flush at exit must not fail too.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        return _complain(f"{place}{error.strerror or error}; choose another path or free this one.", 2)
+    except ImportError as error:
+        return _complain(f"{error}; `pip install robustkit` brings what it needs.", 2)
+    except KeyboardInterrupt:
+        return _complain("interrupted; no result was half-written, and `train --resume` goes on.", 130)
+
+
+def _complain(sentence: str, status: int) -> int:
+    print(f"robustkit: {' '.join(sentence.split())}", file=sys.stderr)
+    return status
+
+
+# --- commands --------------------------------------------------------------------------------------
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from robustkit import doctor
+
+    diagnosis = doctor.examine()
+    if options.json:
+        _print_json(diagnosis.record())
+    else:
+        print(_diagnosis_text(diagnosis))
+    return 0 if diagnosis.healthy else 1
+
+
+def _train(options: argparse.Namespace) -> int:
+    from robustkit import data, device, models, train
+
+    recipe = train.find_recipe(options.recipe)
+    out: Path = options.out or Path("runs") / recipe.name
+    _check_run_folder(out, resume=options.resume)
+    tier = options.tier or device.tier()
+    out.mkdir(parents=True, exist_ok=True)  # now, not when the first epoch is over
+    place = device.pick_device()
+    images = data.load(recipe.dataset, "train", limit=recipe.limits[tier], seed=options.seed, device=place)
+    run = train.train(
+        models.build(recipe.model, seed=options.seed).to(place),
+        images,
+        train.defence_of(recipe),
+        recipe.ball,
+        recipe.schedules[tier],
+        seed=options.seed,
+        recipe=recipe.name,
+        tier=tier,
+        run_dir=out,
+    )
+    if options.json:
+        print((out / "run.json").read_text(encoding="utf-8"), end="")
+    else:
+        print(_run_text(run, out))
+    return 0
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from robustkit import data, device, evaluate, models
+    from robustkit.threat import Ball
+
+    usual_model, usual_norm, usual_eps = _USUAL.get(options.data, ("", "", 0.0))
+    norm = options.norm or usual_norm
+    if options.eps is None and norm != usual_norm:
+        raise RobustkitError(f"{norm} has no usual size on {options.data}; give --eps, e.g. --eps 1.5.")
+    ball = Ball(norm, usual_eps if options.eps is None else options.eps)
+    attacks = evaluate.find_attacks(options.attacks)
+    tier = options.tier or device.tier()
+    out: Path = options.out or options.weights.parent / "eval.json"
+    _check_writable(out)
+    place = device.pick_device()
+    name = options.model or usual_model
+    model = models.load_weights(models.build(name), options.weights).to(place)
+    digest = hashlib.sha256(options.weights.read_bytes()).hexdigest()
+    limit = _IMAGES[tier] if options.n is None else options.n
+    images = data.load(options.data, options.split, limit=limit, seed=options.seed, device=place)
+    _check_fits(model, name, images)
+    evaluation = evaluate.evaluate(
+        model,
+        images,
+        ball,
+        attacks,
+        model_name=_model_name(options.weights),
+        tier=tier,
+        seed=options.seed,
+    )
+    evaluation = replace(evaluation, notes=(f"{name}, weights sha256 {digest[:16]}",))
+    write_atomically(out, f"{evaluation.to_json()}\n".encode())
+    print(evaluation.to_json() if options.json else _evaluation_text(evaluation, out))
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from robustkit import report
+    from robustkit.results import read_evaluation
+
+    _check_writable(options.out)
+    evaluations = [read_evaluation(path) for path in options.evaluations]
+    report.write(report.render(evaluations, options.title), options.out)
+    if options.json:
+        _print_json({"type": "Report", "out": str(options.out), "evaluations": report.summary(evaluations)})
+    else:
+        for evaluation in evaluations:
+            print(f"{evaluation.model}: robust {evaluation.robust} against {evaluation.threat}")
+        print(f"written: {options.out}")
+    return 0
+
+
+# --- checks that come before the work ---------------------------------------------------------------
+
+
+def _check_run_folder(out: Path, *, resume: bool) -> None:
+    """Refuse to mix two runs in one folder. Raises: RobustkitError."""
+    if out.exists() and not out.is_dir():
+        raise RobustkitError(f"{out} is a file; choose another folder with --out.")
+    found = [name for name in _OF_A_RUN if (out / name).exists()]
+    if found and not resume:
+        raise RobustkitError(
+            f"{out} already holds a run ({found[0]}); go on with it by --resume, or choose another folder with --out."
+        )
+    if found and "checkpoint.pt" not in found:
+        raise RobustkitError(
+            f"{out} holds {found[0]} but no checkpoint to resume from; choose another folder with --out."
+        )
+    if resume and not found:
+        print(f"robustkit: {out} holds no run yet; starting from the beginning.", file=sys.stderr)
+
+
+def _check_writable(out: Path) -> None:
+    """Find out before the work, not after it, that the result has nowhere to go. Raises: RobustkitError, OSError."""
+    if out.is_dir():
+        raise RobustkitError(f"{out} is a folder; name a file in it with --out.")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(out.parent, os.W_OK):
+        raise RobustkitError(f"{out.parent} cannot be written; choose another place with --out.")
+
+
+def _check_fits(model: Model, name: str, images: Dataset) -> None:
+    """One image through the model: torch tells a wrong shape in a page, we in a sentence."""
+    from robustkit.evaluate import predict
+
+    try:
+        predict(model, images.x[:1], images.y[:1])
+    except RuntimeError as error:
+        raise RobustkitError(
+            f"{name} does not take {images.provenance.dataset} images of shape {tuple(images.x.shape[1:])}; "
+            "choose the --data that it was trained on."
+        ) from error
+
+
+def _model_name(weights: Path) -> str:
+    """runs/mnist-pgd/model.safetensors is mnist-pgd; anything else goes by the file's own name."""
+    return weights.resolve().parent.name if weights.name == "model.safetensors" else weights.stem
+
+
+# --- summaries -------------------------------------------------------------------------------------
+
+
+def _print_json(record: dict[str, Any]) -> None:
+    print(json.dumps(record, indent=2, allow_nan=False))
+
+
+def _run_text(run: Run, out: Path) -> str:
+    rows = [
+        [
+            str(epoch.number),
+            f"{epoch.loss:.3f}",
+            f"{epoch.clean.share:.1%}",
+            f"{epoch.fgsm.share:.1%}",
+            f"{epoch.pgd.share:.1%}",
+            f"{epoch.seconds:.1f}",
+            "catastrophic overfitting" if epoch.alarm else "",
+        ]
+        for epoch in run.history
+    ]
+    monitored = run.history[-1].clean.n
+    return "\n".join(
+        [
+            f"{run.recipe}, {run.tier} tier, seed {run.seed}: trained against {run.ball} on {run.n:,} images",
+            f"data: {run.data}",
+            f"hardware: {run.hardware}, {run.seconds:.0f} s",
+            "",
+            *_columns(["epoch", "loss", "clean", "FGSM", "PGD-10", "seconds", "alarm"], rows),
+            "",
+            f"Accuracies on the same {monitored} training images, to watch the run by; "
+            "`robustkit evaluate` measures robustness on the test split.",
+            f"written: {out / 'model.safetensors'}, {out / 'run.json'}",
+        ]
+    )
+
+
+def _evaluation_text(evaluation: Evaluation, out: Path) -> str:
+    rows = [["clean", str(evaluation.clean), ""]]
+    for count, run in enumerate(evaluation.attacks, 1):
+        rows.append([f"after {run.name}", str(evaluation.robust_after(count)), f"{run.seconds:.1f}"])
+    return "\n".join(
+        [
+            f"{evaluation.model} ({'; '.join(evaluation.notes)})",
+            f"threat model: {evaluation.threat}",
+            f"data: {evaluation.data}",
+            f"seed {evaluation.seed}, {evaluation.tier} tier, {evaluation.hardware}",
+            "",
+            *_columns(["", "accuracy, 95 % interval", "seconds"], rows),
+            "",
+            f"robust accuracy: {evaluation.robust}, the worst case over these attacks, image by image",
+            f"written: {out}",
+        ]
+    )
+
+
+def _diagnosis_text(diagnosis: Diagnosis) -> str:
+    versions = [[name, version or "not installed"] for name, version in diagnosis.versions.items()]
+    minutes = [
+        [lesson, *(f"{value:g}" for value in tiers.values())] for lesson, tiers in diagnosis.minutes.items()
+    ]
+    tiers = list(next(iter(diagnosis.minutes.values())))
+    precision = ", ".join(name for name, able in diagnosis.precision.items() if able) or "float32 alone"
+    load = "" if diagnosis.load is None else f", load {diagnosis.load:g}"
+    problems = [
+        f"{'BROKEN' if problem.essential else 'note'}: {problem}" for problem in diagnosis.problems
+    ] or ["none"]
+    return "\n".join(
+        [
+            *_columns(["package", "version"], versions),
+            f"torchvision: {diagnosis.torchvision}",
+            "",
+            f"device: {diagnosis.device}; {diagnosis.cpu}, {diagnosis.cpus} processors, "
+            f"{diagnosis.threads} torch threads{load}",
+            f"arithmetic for training: {precision}",
+            *(f"data: {name}: {source}" for name, source in diagnosis.data.items()),
+            f"cache: {diagnosis.cache}, {diagnosis.free_bytes / 2**30:.1f} GB free",
+            *(f"{name}: {path or 'not found'}" for name, path in diagnosis.programs.items()),
+            "",
+            f"expected minutes, at the {diagnosis.passes_per_second:,.0f} forward and backward passes a second "
+            "measured now",
+            *_columns(["lesson", *tiers], minutes),
+            "",
+            "problems:",
+            *problems,
+        ]
+    )
+
+
+def _columns(head: list[str], rows: list[list[str]]) -> list[str]:
+    """A plain table, one line for each row."""
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in [head, *rows]
+    ]
+
+
+# --- the parser ------------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, but a mistake on the command line is one sentence like any other."""
+
+    def error(self, message: str) -> NoReturn:
+        raise RobustkitError(f"{message[:1].lower()}{message[1:]}; see `{self.prog} --help`.")
+
+
+def _size(text: str) -> float:
+    """A size in input units, where a fraction such as 8/255 may be written as one."""
+    over, _, under = text.partition("/")
+    try:
+        return float(over) / float(under or 1)
+    except (ValueError, ZeroDivisionError):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number; write 0.3 or 8/255") from None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="robustkit",
+        description="Train, attack, measure and report on the robustness of image classifiers.",
+        epilog="example: robustkit doctor",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"robustkit {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def add(name: str, command: Callable[[argparse.Namespace], int], summary: str, example: str) -> _Parser:
+        added: _Parser = commands.add_parser(
+            name,
+            help=summary[0].lower() + summary[1:].rstrip("."),
+            description=summary,
+            epilog=f"example: {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        added.set_defaults(command=command)
+        added.add_argument("--json", action="store_true", help="print JSON to stdout, and nothing else")
+        return added
+
+    tier: dict[str, Any] = {
+        "choices": ("smoke", "standard", "full"),
+        "help": "how much to spend; without it ROBUSTKIT_TIER, else standard",
+    }
+    seed: dict[str, Any] = {
+        "type": int,
+        "default": 0,
+        "metavar": "N",
+        "help": "seed of everything random (default 0)",
+    }
+
+    add(
+        "doctor",
+        _doctor,
+        "Say what this machine has for the course, what it lacks, and how long each lesson takes.",
+        "robustkit doctor --json",
+    )
+
+    train = add(
+        "train",
+        _train,
+        "Train a model by a recipe.",
+        "robustkit train mnist-pgd --tier smoke --out runs/first",
+    )
+    train.add_argument(
+        "recipe", metavar="RECIPE", help="e.g. mnist-clean, mnist-fgsm, mnist-rs-fgsm, mnist-pgd"
+    )
+    train.add_argument("--tier", **tier)
+    train.add_argument("--seed", **seed)
+    train.add_argument("--out", type=Path, metavar="FOLDER", help="where the run goes (default runs/RECIPE)")
+    train.add_argument("--resume", action="store_true", help="go on with the run in that folder")
+
+    evaluate = add(
+        "evaluate",
+        _evaluate,
+        "Measure robust accuracy: the worst case over attacks, image by image.",
+        "robustkit evaluate runs/first/model.safetensors --data mnist --attacks fgsm,pgd-40 --n 500",
+    )
+    evaluate.add_argument("weights", type=Path, metavar="MODEL.safetensors", help="weights to evaluate")
+    evaluate.add_argument("--data", required=True, choices=tuple(_USUAL), help="data set to attack")
+    evaluate.add_argument("--split", default="test", help="split of it (default test)")
+    evaluate.add_argument("--model", help="architecture of the weights (default: the usual one for the data)")
+    evaluate.add_argument("--norm", choices=("Linf", "L2"), help="norm of the ball (default Linf)")
+    evaluate.add_argument(
+        "--eps",
+        type=_size,
+        metavar="SIZE",
+        help="size of the ball (default 0.3 on digits, 8/255 on CIFAR-10)",
+    )
+    evaluate.add_argument(
+        "--attacks", default="fgsm,pgd-40", help="attacks in order, by comma (default fgsm,pgd-40)"
+    )
+    evaluate.add_argument(
+        "--n", type=int, metavar="N", help="images drawn from the split (default 200, 1,000 or all, by tier)"
+    )
+    evaluate.add_argument("--seed", **seed)
+    evaluate.add_argument("--tier", **tier)
+    evaluate.add_argument("--out", type=Path, metavar="FILE", help="default: eval.json beside the weights")
+
+    report = add(
+        "report",
+        _report,
+        "Make one static page, with figures and tables, of evaluations.",
+        "robustkit report runs/first/eval.json -o report.html",
+    )
+    report.add_argument(
+        "evaluations", type=Path, nargs="+", metavar="EVAL.json", help="from `robustkit evaluate`"
+    )
+    report.add_argument(
+        "-o", "--out", type=Path, default=Path("report.html"), metavar="FILE", help="default report.html"
+    )
+    report.add_argument("--title", default="Robustness report", help="heading of the page")
+    return parser
