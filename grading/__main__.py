@@ -1,0 +1,285 @@
+"""`python -m grading HOP`: each command parses, calls one function of the library, writes and prints a summary."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from grading.workspace import Workspace, repository
+from robustkit.errors import RobustkitError
+
+Command = Callable[[argparse.Namespace], int]
+
+# Library imports stay inside the commands: the judge's process must not load nbgrader or a kernel client.
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit status: 0, 1 where `build --check` finds something, 2 for bad input, told in one sentence."""
+    arguments = _parser().parse_args(argv)
+    command: Command = arguments.command
+    try:
+        return command(arguments)
+    except RobustkitError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; what was written is whole, run the same command again.", file=sys.stderr)
+        return 130
+
+
+def _build(arguments: argparse.Namespace) -> int:
+    from grading import build
+    from grading.judge import find_lesson
+
+    workspace = repository()
+    lessons = [find_lesson(name).id for name in arguments.lessons] or build.standing(workspace)
+    if not arguments.check:
+        paths = build.build(workspace, lessons)
+        _report(arguments, [str(path) for path in paths], [f"made {path}" for path in paths])
+        return 0
+    problems = build.check(workspace, lessons)
+    fine = f"course/ is what solutions/ generates, leaks nothing and grades right ({', '.join(lessons)})."
+    _report(arguments, problems, problems or [fine])
+    return 1 if problems else 0
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from grading import notebooks, run
+    from grading.judge import find_lesson
+    from grading.workspace import check_student, course_secret
+
+    path, workspace = _notebook(arguments.submission), repository()
+    lesson = (
+        find_lesson(arguments.lesson)
+        if arguments.lesson
+        else notebooks.lesson_of(notebooks.read_submission(path)[0])
+    )
+    result = run.run_submission(
+        path,
+        lesson,
+        workspace.release(lesson.id),
+        arguments.out,
+        student=check_student(arguments.student),
+        secret=course_secret(arguments.secret or workspace.secret),
+        tier=arguments.tier,
+        limits=run.Limits(arguments.cell_seconds, arguments.notebook_seconds),
+    )
+    _report(arguments, asdict(result), [f"{entry.exercise}: {entry.outcome}" for entry in result.exercises])
+    return 0
+
+
+def _judge(arguments: argparse.Namespace) -> int:
+    from grading import judge, records
+    from grading.workspace import course_secret
+
+    verdicts = judge.judge(arguments.evidence, course_secret(arguments.secret or repository().secret))
+    records.write(arguments.out, verdicts)
+    lines = [f"{m.exercise} {m.criterion}: {m.points:g}/{m.maximum:g} {m.outcome}" for m in verdicts.marks]
+    _report(arguments, asdict(verdicts), lines)
+    return 0
+
+
+def _score(arguments: argparse.Namespace) -> int:
+    from grading import records
+    from grading.score import read_marks, score, write_scorecard
+
+    card = score(
+        records.read_records(arguments.records), read_marks(arguments.marks) if arguments.marks else {}
+    )
+    write_scorecard(arguments.out, card)
+    _report(
+        arguments,
+        asdict(card),
+        [f"{card.points:g} of {card.maximum:g} points, {len(card.pending)} answers to mark"],
+    )
+    return 0
+
+
+def _feedback(arguments: argparse.Namespace) -> int:
+    from grading import feedback
+    from grading.score import read_scorecard
+
+    feedback.write_page(read_scorecard(arguments.scorecard), arguments.out)
+    _report(arguments, str(arguments.out), [f"made {arguments.out}"])
+    return 0
+
+
+def _grade(arguments: argparse.Namespace) -> int:
+    from grading import grade
+    from grading.pipeline import Settings
+    from grading.run import Limits
+
+    settings = Settings(arguments.tier, Limits(arguments.cell_seconds, arguments.notebook_seconds))
+    workspace = _workspace(arguments)
+    return _graded(arguments, grade.grade(workspace, grade.lessons_in(workspace, arguments.lesson), settings))
+
+
+def _regrade(arguments: argparse.Namespace) -> int:
+    from grading import grade
+
+    return _graded(arguments, grade.regrade(_workspace(arguments)))
+
+
+def _graded(arguments: argparse.Namespace, graded: Sequence[object]) -> int:
+    from grading.grade import Graded
+
+    outcomes = [outcome for outcome in graded if isinstance(outcome, Graded)]
+    content = [{**asdict(outcome), "card": outcome.card and outcome.card.points} for outcome in outcomes]
+    _report(arguments, content, [str(outcome) for outcome in outcomes])
+    return 2 if any(outcome.problem for outcome in outcomes) else 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from grading import export, gradebook
+
+    rows = gradebook.rows(_workspace(arguments))
+    export.write_csv(rows, arguments.out)
+    _report(arguments, [asdict(row) for row in rows], [f"{len(rows)} submissions in {arguments.out}"])
+    return 0
+
+
+def _class(arguments: argparse.Namespace) -> int:
+    from grading import class_report, grade
+
+    cards = grade.scorecards(_workspace(arguments))
+    class_report.write_page(cards, arguments.out)
+    _report(arguments, str(arguments.out), [f"{len(cards)} submissions in {arguments.out}"])
+    return 0
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from grading import demo
+
+    rows = demo.demo(arguments.out)
+    _report(arguments, [asdict(row) for row in rows], demo.table(rows, arguments.out))
+    return 0
+
+
+# --- helpers ---------------------------------------------------------------------------------------
+
+
+def _notebook(path: Path) -> Path:
+    """The notebook itself, or the only one in a submission's folder."""
+    if not path.is_dir():
+        return path
+    found = sorted(path.glob("*.ipynb"))
+    if len(found) != 1:
+        raise RobustkitError(f"{path} holds {len(found)} notebooks, one is graded; name the notebook itself.")
+    return found[0]
+
+
+def _workspace(arguments: argparse.Namespace) -> Workspace:
+    workspace = repository()
+    submitted = getattr(arguments, "submitted", None)
+    return replace(workspace, submitted=submitted) if submitted else workspace
+
+
+def _report(arguments: argparse.Namespace, content: object, lines: Sequence[str]) -> None:
+    """Data to stdout: JSON where it is asked for, lines otherwise."""
+    print(json.dumps(content, indent=1, default=str) if arguments.json else "\n".join(lines))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m grading",
+        description="Build the course, grade submissions, report on a class.",
+        epilog="example: python -m grading grade --lesson 01-mnist-fgsm",
+    )
+    hops = parser.add_subparsers(required=True, metavar="HOP")
+
+    def hop(name: str, command: Command, text: str, example: str) -> argparse.ArgumentParser:
+        added = hops.add_parser(
+            name, help=text, description=text, epilog=f"example: python -m grading {example}"
+        )
+        added.set_defaults(command=command)
+        added.add_argument("--json", action="store_true", help="print JSON")
+        return added
+
+    build = hop("build", _build, "Make course/ from solutions/, or check it.", "build --check")
+    build.add_argument("lessons", nargs="*", metavar="LESSON", help="default: every lesson that stands")
+    build.add_argument(
+        "--check", action="store_true", help="write nothing; exit 1 when course/ may not be released"
+    )
+
+    run = hop(
+        "run",
+        _run,
+        "Execute one submission and collect evidence.",
+        "run lesson.ipynb -o evidence --student s-17",
+    )
+    run.add_argument("submission", type=Path, help="the notebook, or a folder with one")
+    run.add_argument("-o", "--out", type=Path, required=True, metavar="EVIDENCE_DIR")
+    run.add_argument(
+        "--student", default="anonymous", help="whose hidden cases to draw (default: %(default)s)"
+    )
+    run.add_argument("--lesson", help="default: the lesson whose cells it has")
+    _secret(run)
+    _limits(run)
+
+    judge = hop("judge", _judge, "Judge evidence, without the submission.", "judge evidence -o records.json")
+    judge.add_argument("evidence", type=Path, metavar="EVIDENCE_DIR")
+    judge.add_argument("-o", "--out", type=Path, required=True, metavar="RECORDS")
+    _secret(judge)
+
+    score = hop(
+        "score", _score, "Add up records and hand-given marks.", "score records.json -o scorecard.json"
+    )
+    score.add_argument("records", type=Path)
+    score.add_argument("-o", "--out", type=Path, required=True, metavar="SCORECARD")
+    score.add_argument("--marks", type=Path, help='JSON of points given by hand: {"s1_judgement": 7.5}')
+
+    feedback = hop(
+        "feedback", _feedback, "Make a learner's page.", "feedback scorecard.json -o feedback.html"
+    )
+    feedback.add_argument("scorecard", type=Path)
+    feedback.add_argument("-o", "--out", type=Path, required=True, metavar="PAGE")
+
+    grade = hop(
+        "grade", _grade, "Grade every submission, into the gradebook.", "grade --lesson 01-mnist-fgsm"
+    )
+    grade.add_argument("--lesson", help="default: every lesson with submissions")
+    grade.add_argument(
+        "--submitted", type=Path, help="folder STUDENT/LESSON/LESSON.ipynb (default: grading/submitted)"
+    )
+    _limits(grade)
+
+    hop(
+        "regrade",
+        _regrade,
+        "Score the stored records again, with the marks given since; runs nothing.",
+        "regrade",
+    )
+
+    export = hop("export", _export, "Write the gradebook as CSV.", "export -o grades.csv")
+    export.add_argument("-o", "--out", type=Path, required=True, metavar="CSV")
+
+    report = hop("report", _class, "Make the class report, one HTML page.", "report -o class.html")
+    report.add_argument("-o", "--out", type=Path, required=True, metavar="PAGE")
+
+    demo = hop(
+        "demo", _demo, "Grade four example submissions to lesson 1, from build to class report.", "demo"
+    )
+    demo.add_argument("--out", type=Path, default=Path("demo"), help="default: %(default)s/")
+    return parser
+
+
+def _secret(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--secret", type=Path, help="the course secret's file (default: grading/secret)")
+
+
+def _limits(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--tier", default="smoke", help="default: %(default)s")
+    parser.add_argument(
+        "--cell-seconds", type=float, default=300, help="longest that a cell may run (default: %(default)g)"
+    )
+    parser.add_argument(
+        "--notebook-seconds", type=float, default=900, help="longest in all (default: %(default)g)"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,119 @@
+"""Scorecard -> the learner's page: static, accessible, and without anything from the hidden cases."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jinja2
+
+from grading.records import PASSED
+from grading.score import ExerciseScore, Scorecard
+from robustkit.files import write_atomically
+from robustkit.lessons import LESSONS
+
+# What each criterion of each contract asks for, in the learner's words.
+ASKED: dict[str, dict[str, str]] = {
+    "distance": {
+        "Linf": "the largest change of any one pixel, image by image",
+        "L2": "the Euclidean length of the change, image by image",
+    },
+    "projection": {
+        "ball": "a far point goes to the nearest point within eps of the original",
+        "box": "the result is still an image, with pixels in [0, 1]",
+        "inside": "a point that is already allowed stays where it is, and the argument is not changed",
+    },
+    "robust_accuracy": {
+        "worst_case": "an image counts only when it survives every attack",
+        "clean_errors": "an image that is misclassified untouched never counts as robust",
+    },
+    "prediction": {"plausible": "three accuracies that a stronger attacker cannot raise"},
+    "interval": {
+        "value": "the 95 % Wilson interval of a share",
+        "edges": "the interval at 0 of n and at n of n",
+    },
+    "fgsm": {
+        "ball": "no pixel moves by more than eps",
+        "box": "candidates stay in [0, 1]",
+        "closed_form": "on a linear model, every pixel takes the steepest step",
+        "hygiene": "model, images, gradients, modes and randomness are as they were before the call",
+    },
+    "fgsm_report": {
+        "counts": "the counts agree with what the judge measures on your weights",
+        "clean": "the clean model reaches the pass mark on untouched images",
+    },
+    "adversarial_loss": {
+        "loss": "the mean cross-entropy at the FGSM candidates",
+        "gradient": "backward() leaves the gradient of that loss on the weights, and nothing else",
+        "modes": "candidates are made in eval mode, the loss is computed in train mode",
+    },
+    "pgd": {
+        "ball": "no pixel ends more than eps from its original",
+        "box": "candidates stay in [0, 1]",
+        "closed_form": "with enough steps, the optimum on a linear model",
+        "start": "a random start, uniform over the ball",
+        "steps": "as many steps as asked for, of the size asked for",
+        "hygiene": "nothing is left behind, and the same generator seed gives the same result",
+    },
+    "alarms": {
+        "leaking": "label leaking is noticed",
+        "masked": "masked gradients are noticed",
+        "quiet": "no alarm for an honest defence or for an undefended model",
+    },
+    "rs_fgsm": {
+        "ball": "no pixel ends more than eps from its original",
+        "box": "candidates stay in [0, 1]",
+        "start": "a random start, uniform over the ball",
+        "step": "one step of 1.25 eps along the gradient's sign",
+        "hygiene": "nothing is left behind, and the same generator seed gives the same result",
+    },
+    "robust_model": {
+        "clean": "clean accuracy, at the lower bound of its interval, reaches the pass mark",
+        "pgd_half": "accuracy under PGD at eps 0.3 reaches the first mark",
+        "pgd_full": "accuracy under PGD at eps 0.3 reaches the full mark",
+    },
+    "curve": {
+        "counts": "one count of surviving images for each eps",
+        "clean": "misclassified images are not counted as robust, at eps 0 either",
+    },
+    "statement": {
+        "complete": "every field of the threat model is filled in",
+        "consistent": "the fields agree with the lesson's attack and with each other",
+    },
+}
+
+_page = jinja2.Environment(
+    loader=jinja2.PackageLoader("grading", "templates"),
+    autoescape=True,
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+).get_template("feedback.html.j2")
+
+
+def render(card: Scorecard) -> str:
+    """The page of one scorecard. Same scorecard, same page."""
+    exercises = {exercise.id: exercise for exercise in LESSONS[card.lesson].exercises}
+    asked = {exercise.id: ASKED[exercises[exercise.id].contract] for exercise in card.exercises}
+    return _page.render(card=card, asked=asked, advice=advice(card), number=number)
+
+
+def write_page(card: Scorecard, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, render(card).encode())
+
+
+def advice(card: Scorecard) -> tuple[tuple[ExerciseScore, str, str], ...]:
+    """What to look at next: at most three exercises, the most points lost first, each with its first code."""
+    lost = [exercise for exercise in card.exercises if exercise.points < exercise.maximum]
+    lost.sort(key=lambda exercise: exercise.points - exercise.maximum)
+    chosen = []
+    for exercise in lost[:3]:
+        notes = [note for mark in exercise.marks if mark.outcome != PASSED for note in mark.notes]
+        if notes:
+            chosen.append((exercise, notes[0].code, notes[0].hint))
+    return tuple(chosen)
+
+
+def number(value: float) -> str:
+    """Points without a needless decimal: 3, 2.5."""
+    return f"{value:.2f}".rstrip("0").rstrip(".")

@@ -1,0 +1,85 @@
+"""The hops of one submission in a row: run, judge, score, feedback. Files stay between them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from grading import feedback, judge, records
+from grading.run import KernelFactory, Limits, plain_kernel, run_submission
+from grading.score import Scorecard, score, write_scorecard
+from grading.workspace import ROOT, Workspace, course_secret
+from robustkit.errors import RobustkitError
+from robustkit.lessons import Lesson
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How submissions are run."""
+
+    tier: str = "smoke"
+    limits: Limits = field(default_factory=Limits)
+    kernel: KernelFactory = plain_kernel
+
+
+def assess(
+    notebook: Path, lesson: Lesson, release: Path, into: Path, student: str, secret: Path, settings: Settings
+) -> records.Records:
+    """Run and judge one notebook; evidence and records.json are written into `into`.
+
+    Raises: RobustkitError when the notebook cannot be graded at all.
+    """
+    run_submission(
+        notebook,
+        lesson,
+        release,
+        into / "evidence",
+        student=student,
+        secret=course_secret(secret),
+        tier=settings.tier,
+        limits=settings.limits,
+        kernel=settings.kernel,
+    )
+    judge_aside(into / "evidence", into / "records.json", secret)
+    return records.read_records(into / "records.json")
+
+
+def judge_aside(evidence: Path, into: Path, secret: Path) -> None:
+    """The judge in a fresh process, which has imported nothing and keeps nothing.
+
+    Raises: RobustkitError when it ends without records.
+    """
+    into.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "grading", "judge", evidence.resolve(), "-o", into.resolve()]
+    done = subprocess.run(
+        [*map(str, command), "--secret", str(secret.resolve())],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONSAFEPATH": "", "NBGRADER_EXECUTION": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode != 0:
+        reason = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        raise RobustkitError(
+            f"the judge stopped on {evidence.parent.name} ({reason}); judge the evidence again."
+        )
+
+
+def conclude(workspace: Workspace, verdicts: records.Records, manual: Mapping[str, float]) -> Scorecard:
+    """Score the verdicts; write scorecard.json and the feedback page."""
+    card = score(verdicts, manual)
+    write_scorecard(workspace.hop(card.student, card.lesson) / "scorecard.json", card)
+    feedback.write_page(card, workspace.page(card.student, card.lesson))
+    return card
+
+
+def refuse(workspace: Workspace, student: str, lesson: Lesson, tier: str, reason: str) -> Scorecard:
+    """The zero of a submission that could not be run, with the reason on every page."""
+    verdicts = judge.refused(student, lesson, tier, reason)
+    records.write(workspace.hop(student, lesson.id) / "records.json", verdicts)
+    return conclude(workspace, verdicts, {})

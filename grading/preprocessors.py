@@ -1,0 +1,122 @@
+"""What nbgrader's converters do differently here; `gradebook.settings` names these classes.
+
+nbgrader keeps the cells, the gradebook and the marking page. It does not decide points: the judge's
+validated float is written in their place, because a notebook can print whatever it likes.
+"""
+
+# nbformat and nbgrader are not annotated.
+# mypy: allow-untyped-calls
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import nbformat
+from nbformat import NotebookNode
+from nbgrader.api import Gradebook
+from nbgrader.preprocessors import SaveAutoGrades
+from nbgrader.preprocessors.base import NbGraderPreprocessor
+from nbgrader.utils import is_solution
+from traitlets import Float, Unicode
+
+from grading import notebooks, pipeline
+from grading.gradebook import manual_marks
+from grading.judge import find_lesson
+from grading.run import Limits
+from grading.score import Scorecard
+from grading.workspace import Workspace
+
+Resources = Any  # nbconvert's dictionary
+CANARY_KEY = "robustkit_canary"
+
+
+class ForLearners(NbGraderPreprocessor):
+    """Takes out of a source notebook what a release must not carry: its canary, times, versions."""
+
+    def preprocess(self, nb: NotebookNode, resources: Resources) -> tuple[NotebookNode, Resources]:
+        nb.metadata.pop(CANARY_KEY, None)
+        nb.metadata.get("language_info", {}).pop("version", None)
+        for cell in nb.cells:
+            cell.metadata.pop("execution", None)
+        return nb, resources
+
+
+class RestoreCells(NbGraderPreprocessor):
+    """Rebuilds a submission on the release before nbgrader looks at it.
+
+    nbgrader alone stops the whole batch at a duplicated cell, and fails on missing metadata.
+    """
+
+    course = Unicode(help="Folder of the released lessons").tag(config=True)
+
+    def preprocess(self, nb: NotebookNode, resources: Resources) -> tuple[NotebookNode, Resources]:
+        name = resources["nbgrader"]["assignment"]
+        release = notebooks.read_release(Path(self.course, name, f"{name}.ipynb"))
+        restored, _ = notebooks.restore(nb, release)
+        return restored, resources
+
+
+class JudgedExecute(NbGraderPreprocessor):
+    """In place of nbgrader's Execute: runs the submission through the hops, and shows what it printed."""
+
+    solutions = Unicode(help="Folder of the source lessons").tag(config=True)
+    course = Unicode(help="Folder of the released lessons").tag(config=True)
+    submitted = Unicode(help="Folder of the submissions").tag(config=True)
+    private = Unicode(help="Folder of the records, the feedback and the course secret").tag(config=True)
+    tier = Unicode("smoke", help="Tier that submissions run in").tag(config=True)
+    cell_seconds = Float(Limits.cell, help="Longest that a cell may run").tag(config=True)
+    notebook_seconds = Float(Limits.notebook, help="Longest that a notebook may run").tag(config=True)
+
+    def preprocess(self, nb: NotebookNode, resources: Resources) -> tuple[NotebookNode, Resources]:
+        workspace = Workspace(
+            Path(self.solutions), Path(self.course), Path(self.submitted), Path(self.private)
+        )
+        student, lesson = resources["nbgrader"]["student"], find_lesson(resources["nbgrader"]["assignment"])
+        settings = pipeline.Settings(self.tier, Limits(self.cell_seconds, self.notebook_seconds))
+        folder = workspace.hop(student, lesson.id)
+        verdicts = pipeline.assess(
+            workspace.submission(student, lesson.id),
+            lesson,
+            workspace.release(lesson.id),
+            folder,
+            student,
+            workspace.secret,
+            settings,
+        )
+        resources["scorecard"] = pipeline.conclude(
+            workspace, verdicts, manual_marks(workspace, student, lesson.id)
+        )
+        executed = nbformat.read(folder / "evidence" / "executed.ipynb", as_version=4)
+        for cell, shown in zip(nb.cells, executed.cells, strict=True):
+            if cell.cell_type == "code":
+                cell.outputs, cell.execution_count = shown.outputs, shown.execution_count
+        return nb, resources
+
+
+class SaveJudgedGrades(SaveAutoGrades):
+    """Writes the judge's points. A check cell without a verdict earns nothing."""
+
+    gradebook: Gradebook
+
+    def _add_score(self, cell: NotebookNode, resources: Resources) -> None:
+        metadata = cell.metadata["nbgrader"]
+        if is_solution(cell):
+            super()._add_score(
+                cell, resources
+            )  # a written answer: nbgrader asks for a marker, or sees no response
+            if not metadata["points"]:
+                self._settle(metadata["grade_id"], 0.0)
+            return
+        card: Scorecard = resources["scorecard"]
+        judged = {exercise.id: exercise.judged for exercise in card.exercises}
+        self._settle(
+            metadata["grade_id"], min(judged.get(metadata["grade_id"], 0.0), float(metadata["points"]))
+        )
+
+    def _settle(self, grade_id: str, points: float) -> None:
+        """Points that need no marker; a marker's own stay, and are looked at again as nbgrader does."""
+        grade = self.gradebook.find_grade(grade_id, self.notebook_id, self.assignment_id, self.student_id)
+        grade.auto_score = points  # type: ignore[assignment]  # a SQLAlchemy column
+        grade.needs_manual_grade = grade.manual_score is not None  # type: ignore[assignment]
+        self.gradebook.db.commit()

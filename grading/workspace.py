@@ -1,0 +1,122 @@
+"""Where a course keeps its files, and the secret that its hidden cases are drawn from."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import os
+import re
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+
+from robustkit.errors import RobustkitError
+
+ROOT = Path(__file__).resolve().parents[1]
+DEMO_SECRET = b"the demo's cases are the same everywhere"
+
+# What the instructor's own folder gathers: never in git, never in a copy.
+PRIVATE = (
+    "gradebook.db*",
+    "secret",
+    "submitted",
+    "autograded",
+    "feedback",
+    "records",
+    "exchange",
+    ".build-*",
+    "rk-*",
+)
+
+_STUDENT = re.compile(r"[\w.@ ,'-]{1,80}", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """The folders of one course. `private` is the instructor's own and never reaches a learner."""
+
+    solutions: Path
+    course: Path
+    submitted: Path
+    private: Path
+
+    @property
+    def autograded(self) -> Path:
+        return self.private / "autograded"
+
+    @property
+    def feedback(self) -> Path:
+        return self.private / "feedback"
+
+    @property
+    def records(self) -> Path:
+        return self.private / "records"
+
+    @property
+    def gradebook(self) -> Path:
+        return self.private / "gradebook.db"
+
+    @property
+    def secret(self) -> Path:
+        return self.private / "secret"
+
+    def source(self, lesson: str) -> Path:
+        return self.solutions / lesson / f"{lesson}.ipynb"
+
+    def release(self, lesson: str) -> Path:
+        return self.course / lesson / f"{lesson}.ipynb"
+
+    def submission(self, student: str, lesson: str) -> Path:
+        return self.submitted / student / lesson / f"{lesson}.ipynb"
+
+    def hop(self, student: str, lesson: str) -> Path:
+        """The folder of one graded submission: evidence, records.json, scorecard.json."""
+        return self.records / student / lesson
+
+    def page(self, student: str, lesson: str) -> Path:
+        """The learner's feedback page, where nbgrader's formgrader and exchange look for it."""
+        return self.feedback / student / lesson / f"{lesson}.html"
+
+
+def repository() -> Workspace:
+    """The workspace of this clone: solutions/, course/, and the instructor's files under grading/."""
+    return Workspace(ROOT / "solutions", ROOT / "course", ROOT / "grading" / "submitted", ROOT / "grading")
+
+
+def check_student(name: str) -> str:
+    """`name`, when it can be a folder and a gradebook id. Raises: RobustkitError otherwise."""
+    if not _STUDENT.fullmatch(name) or name.startswith(".") or name.strip() != name:
+        raise RobustkitError(
+            f"the student id {name[:80]!r} is unusable: letters, digits, spaces and . , ' @ _ - only, at most 80; "
+            "rename the folder."
+        )
+    return name
+
+
+def course_secret(path: Path) -> bytes:
+    """The secret at `path`, made at the first call, readable by its owner alone.
+
+    Raises: RobustkitError when it is too short to be one.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        secret = path.read_bytes()
+        if len(secret) < 16:
+            raise RobustkitError(
+                f"{path.name} holds {len(secret)} bytes, a course secret has 32; restore it from a backup "
+                "(deleting it draws new cases, so that old grades cannot be replayed)."
+            ) from None
+        return secret
+    with os.fdopen(handle, "wb") as file:
+        secret = secrets.token_bytes(32)
+        file.write(secret)
+    return secret
+
+
+def case_seed(secret: bytes, student: str, lesson: str, exercise: str) -> int:
+    """The seed of one student's hidden case: 63 bits of an HMAC, so that public source tells nothing."""
+    message = json.dumps([student, lesson, exercise]).encode()
+    return int.from_bytes(hmac.digest(secret, message, hashlib.sha256)[:8], "big") >> 1
