@@ -81,20 +81,25 @@ ASKED: dict[str, dict[str, str]] = {
     },
 }
 
-_page = jinja2.Environment(
+_templates = jinja2.Environment(
     loader=jinja2.PackageLoader("grading", "templates"),
     autoescape=True,
     undefined=jinja2.StrictUndefined,
     trim_blocks=True,
     lstrip_blocks=True,
-).get_template("feedback.html.j2")
+)
+
+
+def page(name: str) -> jinja2.Template:
+    """One of the templates; what is put into it is escaped."""
+    return _templates.get_template(name)
 
 
 def render(card: Scorecard) -> str:
     """The page of one scorecard. Same scorecard, same page."""
     exercises = {exercise.id: exercise for exercise in LESSONS[card.lesson].exercises}
     asked = {exercise.id: ASKED[exercises[exercise.id].contract] for exercise in card.exercises}
-    return _page.render(card=card, asked=asked, advice=advice(card), number=number)
+    return page("feedback.html.j2").render(card=card, asked=asked, advice=advice(card), number=number)
 
 
 def write_page(card: Scorecard, path: Path) -> None:

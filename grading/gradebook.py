@@ -213,7 +213,8 @@ def _reason(result: Mapping[str, str]) -> str:
 
 
 def _below(root: Path, folder: Path) -> str:
-    return os.path.relpath(folder.resolve(), root)
+    """A folder as nbgrader wants it: relative, so that its patterns hold, unless nothing is in common."""
+    return str(folder.resolve()) if root == Path(root.anchor) else os.path.relpath(folder.resolve(), root)
 
 
 def _url(database: Path) -> str:

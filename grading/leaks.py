@@ -19,7 +19,7 @@ from grading.workspace import PRIVATE, ROOT
 CANARY = re.compile(r"rk-canary-[0-9a-z]{16,}")
 SHORTEST = 30  # characters; shorter lines of a solution are too common to prove anything
 
-_REGION = re.compile(r"BEGIN (SOLUTION|HIDDEN TESTS|MARK SCHEME)\n(.*?)\n[^\n]*END \1", re.DOTALL)
+_REGION = re.compile(r"BEGIN (SOLUTION|HIDDEN TESTS|MARK SCHEME)[^\n]*\n(.*?)\n[^\n]*END \1", re.DOTALL)
 _IN_WHEEL = re.compile(r"robustkit/|robustkit-[^/]+\.dist-info/")
 
 
