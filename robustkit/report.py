@@ -69,7 +69,11 @@ def render(evaluations: Sequence[Evaluation], title: str = "Robustness report") 
         )
     ordered = sorted(evaluations, key=lambda one: (*_group(one), one.model, one.threat.ball.eps))
     sections = [_section(list(group)) for _, group in groupby(ordered, key=_group)]
-    groups = "one group" if len(sections) == 1 else f"{len(sections)} groups, never drawn together"
+    groups = (
+        "of one norm and one data set"
+        if len(sections) == 1
+        else f"in {len(sections)} groups, each of one norm and one data set and never drawn together"
+    )
     count = "One evaluation" if len(evaluations) == 1 else f"{len(evaluations)} evaluations"
     return f"""<!DOCTYPE html>
 <html lang="en">
@@ -82,7 +86,7 @@ def render(evaluations: Sequence[Evaluation], title: str = "Robustness report") 
 </head>
 <body>
 <h1>{escape(title)}</h1>
-<p>{count} in {groups}: the same norm and the same data. Shares carry 95 % Wilson intervals.
+<p>{count} {groups}. Shares carry 95 % Wilson intervals.
 Robust accuracy is the worst case over the attacks listed, image by image: an upper bound on what a
 stronger attack would leave. It holds for the stated threat model and for no other.</p>
 {"".join(sections)}
@@ -328,8 +332,8 @@ def _drawable(label: str) -> str:
     """A label as the figure's font has it, and no longer than fits; tables hold the whole."""
     plain = label.encode("ascii", "replace").decode()
     plain = "".join(letter if letter.isprintable() else "?" for letter in plain)
-    # A legend leaves out what begins with an underscore.
-    plain = f" {plain}" if plain.startswith("_") else plain
+    # A legend leaves out what is empty or begins with an underscore.
+    plain = f" {plain}" if not plain or plain.startswith("_") else plain
     return plain if len(plain) <= 40 else f"{plain[:22]}...{plain[-15:]}"
 
 

@@ -28,7 +28,8 @@ class Normalize(nn.Module):
 
     Inside the model, and not in the data pipeline, because eps is stated for images in [0, 1]: an
     attack on normalised tensors is larger than it says by the factor 1 / std.
-    Shapes: (n, c, h, w) -> the same. Raises: RobustkitError unless every std is positive.
+    Shapes: (n, c, h, w) -> the same. Raises: RobustkitError unless every std is positive, and for
+    images of another number of channels, which broadcasting would make up in silence.
     """
 
     mean: Tensor
@@ -44,6 +45,11 @@ class Normalize(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.dim() != 4 or x.shape[1] != self.mean.shape[1]:
+            raise RobustkitError(
+                f"this model takes images of {self.mean.shape[1]} channels, shape (n, c, h, w); got shape "
+                f"{tuple(x.shape)}. Choose the model that fits the data."
+            )
         return (x - self.mean) / self.std
 
 

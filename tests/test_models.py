@@ -1,0 +1,199 @@
+"""Models: what they compute, and weights files that must not be believed."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import struct
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+
+from robustkit.errors import RobustkitError
+from robustkit.files import write_atomically
+from robustkit.models import MODELS, Normalize, build, load_weights, preact_resnet18, save_weights
+
+
+class Canary:
+    """Unpickling this writes a file: the proof that somebody unpickled it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def tiny(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+
+
+@pytest.fixture(autouse=True)
+def random_state():
+    with torch.random.fork_rng(devices=[]):
+        yield
+
+
+# --- models ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "parameters"),
+    [("mnist_cnn", (1, 28, 28), 166_406), ("preact_resnet18", (3, 32, 32), None)],
+)
+def test_models_turn_images_into_ten_logits(name, shape, parameters):
+    model = build(name).eval()
+    with torch.no_grad():
+        assert model(torch.rand(2, *shape)).shape == (2, 10)
+    if parameters:
+        assert sum(p.numel() for p in model.parameters()) == parameters
+
+
+def test_a_seed_gives_the_same_model_and_touches_no_global_state():
+    before = torch.random.get_rng_state()
+    first, again, other = build("mnist_cnn", seed=1), build("mnist_cnn", seed=1), build("mnist_cnn", seed=2)
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
+    assert not torch.equal(next(first.parameters()), next(other.parameters()))
+
+
+def test_an_unknown_model_is_refused_with_the_known_ones():
+    with pytest.raises(RobustkitError, match="'lenet' is unknown; choose one of mnist_cnn"):
+        build("lenet")
+    assert set(MODELS) == {"mnist_cnn", "preact_resnet18"}
+
+
+def test_normalize_subtracts_and_divides_channel_by_channel():
+    layer = Normalize((0.5, 0.25), (0.1, 0.2))
+    x = torch.full((1, 2, 1, 2), 0.75)
+    torch.testing.assert_close(layer(x).flatten(), torch.tensor([2.5, 2.5, 2.5, 2.5]))
+    torch.testing.assert_close(layer(torch.zeros(1, 2, 1, 1)).flatten(), torch.tensor([-5.0, -1.25]))
+    assert not layer.state_dict()  # constants of the architecture, not weights
+
+
+@pytest.mark.parametrize(("mean", "std"), [((0.5,), (0.1, 0.1)), ((0.5,), (0.0,)), ((0.5,), (-1.0,))])
+def test_normalize_refuses_what_it_cannot_divide_by(mean, std):
+    with pytest.raises(RobustkitError, match="one positive std per channel"):
+        Normalize(mean, std)
+
+
+def test_normalize_does_not_make_up_channels():
+    with pytest.raises(RobustkitError, match=r"images of 3 channels.*got shape \(2, 1, 4, 4\)"):
+        Normalize((0.1, 0.2, 0.3), (1.0, 1.0, 1.0))(torch.zeros(2, 1, 4, 4))
+    with pytest.raises(RobustkitError, match="images of 1 channels"):
+        Normalize((0.1,), (1.0,))(torch.zeros(2, 3, 4, 4))
+
+
+def test_the_resnet_is_preactivated_and_normalises_inside():
+    model = preact_resnet18(width=4).eval()
+    with torch.no_grad():
+        logits = model(torch.rand(2, 3, 32, 32))
+    assert logits.shape == (2, 10)
+    assert isinstance(model[0], Normalize)
+
+
+# --- weights ---------------------------------------------------------------------------------------
+
+
+def test_weights_come_back_bit_for_bit(tmp_path):
+    path = tmp_path / "deep" / "folder" / "model.safetensors"
+    model, other = tiny(1), tiny(2)
+    save_weights(model, path)
+    assert load_weights(other, path) is other
+    for name, value in model.state_dict().items():
+        assert torch.equal(other.state_dict()[name], value), name
+    assert [file.name for file in path.parent.iterdir()] == ["model.safetensors"]
+
+
+def with_header(header: object, data: bytes = b"") -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + data
+
+
+def state(**changes: torch.Tensor) -> bytes:
+    return safetensors.torch.save({**{k: v.clone() for k, v in tiny(3).state_dict().items()}, **changes})
+
+
+def without(name: str) -> bytes:
+    return safetensors.torch.save({k: v.clone() for k, v in tiny(3).state_dict().items() if k != name})
+
+
+BAD = {
+    "missing": (None, "cannot be read"),
+    "empty": (b"", "not a safetensors file"),
+    "short": (b"\x00\x01", "not a safetensors file"),
+    "no JSON": (with_header(b"{{{{{"), "unreadable header"),
+    "header of another shape": (with_header([1, 2]), "unreadable header"),
+    "header without types": (with_header({"0.weight": {"shape": [4, 3]}}), "unreadable header"),
+    "nested": (with_header(b"[" * 50_000), "unreadable header"),
+    "not text": (with_header(b"\xff\xfe\x00\x01"), "unreadable header"),
+    "header longer than the file": (struct.pack("<Q", 2**40) + b"{}", "not a safetensors file"),
+    "cut": (state()[:-4], "damaged"),
+    "other architecture": (without("2.bias"), "lacks 2.bias"),
+    "extra tensor": (state(extra=torch.zeros(1)), "unknown tensor extra"),
+    "other shape": (
+        state(**{"0.weight": torch.zeros(3, 4)}),
+        r"0.weight .* \(3, 4\), the model needs F32 \(4, 3\)",
+    ),
+    "other type": (state(**{"0.weight": torch.zeros(4, 3).double()}), "F64"),
+    "NaN": (state(**{"0.bias": torch.tensor([0, 0, torch.nan, 0])}), "0.bias .* NaN or infinity"),
+    "infinite": (
+        state(**{"1.running_var": torch.tensor([1, 1, 1, torch.inf])}),
+        "1.running_var .* NaN or infinity",
+    ),
+    "too large": (state(extra=torch.zeros(400_000)), "at most"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_weights_that_cannot_be_believed_are_refused_and_change_nothing(kind, tmp_path):
+    content, words = BAD[kind]
+    path = tmp_path / "model.safetensors"
+    if content is not None:
+        path.write_bytes(content)
+    model = tiny(4)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(RobustkitError, match=words) as caught:
+        load_weights(model, path)
+    assert "\n" not in str(caught.value)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_pickle_is_refused_unopened(tmp_path):
+    path, proof = tmp_path / "model.safetensors", tmp_path / "unpickled"
+    for write in (pickle.dumps, torch_pickle):
+        path.write_bytes(write(Canary(proof)))
+        with pytest.raises(RobustkitError, match=r"not a safetensors file|unreadable header"):
+            load_weights(tiny(), path)
+    assert not proof.exists()
+    pickle.loads(pickle.dumps(Canary(proof)))
+    assert proof.exists()  # so the canary does sing
+
+
+def torch_pickle(value: object) -> bytes:
+    import io
+
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def test_a_folder_is_no_weights_file(tmp_path):
+    with pytest.raises(RobustkitError, match="cannot be read"):
+        load_weights(tiny(), tmp_path)
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
+    path = tmp_path / "result.json"
+    write_atomically(path, b"old")
+    monkeypatch.setattr(
+        Path, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    )
+    with pytest.raises(OSError, match="No space left"):
+        write_atomically(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert [file.name for file in tmp_path.iterdir()] == ["result.json"]

@@ -1,0 +1,376 @@
+"""Training: the defences' losses in closed form, the schedule, and resuming to the bit."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from robustkit import train as training
+from robustkit.data import Dataset
+from robustkit.defences import DEFENCES, fgsm_at
+from robustkit.device import seeded
+from robustkit.errors import RobustkitError
+from robustkit.results import Interval
+from robustkit.threat import Ball
+from robustkit.train import RECIPES, Epoch, Schedule, find_recipe, train
+from tests.oracle import Linear, dataset, interior, linear, linear_data, margins, strongest
+
+BALL = Ball("Linf", 0.05)
+
+
+class Restless(nn.Module):
+    """A small network with the two layers that make resuming hard: batch statistics and dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Conv2d(3, 4, 2), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Dropout(0.3), nn.Linear(4, 2)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.net(x)
+        return logits
+
+
+def restless(seed: int = 0) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Restless()
+
+
+@pytest.fixture
+def data() -> Dataset:
+    return linear_data(linear(), n=120)
+
+
+def same_weights(a: nn.Module, b: nn.Module) -> bool:
+    first, second = a.state_dict(), b.state_dict()
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+# --- defences --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "exact"), [("clean", True), ("fgsm-at", True), ("pgd-at", True), ("rs-fgsm-at", False)]
+)
+def test_a_defence_is_the_cross_entropy_at_the_closed_form_candidate(name, exact):
+    model = linear()
+    x, y = interior(), linear_data(model).y
+    candidates = x.numpy() if name == "clean" else strongest(model, x, y, BALL)
+    m = margins(model, torch.from_numpy(candidates), y)
+    expected = np.log1p(np.exp(-2 * m)).mean()  # logits (-z, z): the loss is log(1 + exp(-2m))
+    found = DEFENCES[name](model, x, y, BALL, seeded(0)).item()
+    if exact:
+        assert found == pytest.approx(expected, rel=2e-3 if name == "pgd-at" else 1e-5)
+    else:
+        untouched = F.cross_entropy(model(x), y).item()
+        assert untouched + 0.5 * (expected - untouched) < found < expected
+
+
+@pytest.mark.parametrize("name", DEFENCES)
+def test_a_defence_trains_in_train_mode_and_leaves_gradients_on_the_weights_alone(name):
+    model = Linear(linear().w.detach()).train()
+    modes = []
+    model.drop.register_forward_pre_hook(lambda module, _: modes.append(module.training))
+    x, y = interior(), linear_data(linear()).y
+    kept = x.clone()
+    loss = DEFENCES[name](model, x, y, BALL, seeded(0))
+    assert loss.dim() == 0
+    assert modes[-1]  # the loss is taken in train mode,
+    assert not any(modes[:-1])  # the attack aims at the deployed model,
+    assert model.training  # and the mode comes back
+    assert model.w.grad is None
+    loss.backward()
+    assert model.w.grad is not None
+    assert torch.equal(x, kept)
+
+
+# --- schedules -------------------------------------------------------------------------------------
+
+
+def test_the_learning_rate_rises_to_its_peak_and_falls_to_zero():
+    schedule = Schedule(epochs=2, peak_lr=0.01)
+    assert [schedule.learning_rate(done) for done in (0, 0.15, 0.3, 0.65, 1)] == pytest.approx(
+        [0, 0.005, 0.01, 0.005, 0]
+    )
+
+
+def test_eps_grows_over_the_warm_up_and_stays():
+    schedule = Schedule(epochs=2, eps_warmup=0.5)
+    assert [schedule.eps(0.3, done) for done in (0, 0.25, 0.5, 1)] == pytest.approx([0, 0.15, 0.3, 0.3])
+    assert Schedule(epochs=2).eps(0.3, 0) == 0.3
+
+
+@pytest.mark.parametrize(
+    "change", [{"epochs": 0}, {"batch_size": 0}, {"peak_lr": 0.0}, {"peak_lr": math.nan}, {"eps_warmup": 1.5}]
+)
+def test_a_schedule_that_means_nothing_is_refused(change):
+    with pytest.raises(RobustkitError, match="must be positive"):
+        Schedule(**({"epochs": 1} | change))
+
+
+# --- the loop --------------------------------------------------------------------------------------
+
+
+def test_training_sees_every_image_once_an_epoch_in_another_order_with_the_scheduled_eps(data):
+    seen, sizes = [], []
+
+    def spy(model, x, y, ball, generator):
+        seen.append(x[:, 0, 0, 0])
+        sizes.append(ball.eps)
+        return F.cross_entropy(model(x), y)
+
+    train(restless(), data, spy, BALL, Schedule(2, 40, eps_warmup=0.5), progress=False)
+    first, second = torch.cat(seen[:3]), torch.cat(seen[3:])
+    assert torch.equal(first.sort().values, data.x[:, 0, 0, 0].sort().values)
+    assert torch.equal(second.sort().values, first.sort().values)
+    assert not torch.equal(first, second)
+    assert sizes == pytest.approx([0, BALL.eps / 3, 2 * BALL.eps / 3, *[BALL.eps] * 3])
+
+
+def test_training_learns_what_can_be_learnt_and_tells_its_history(data):
+    model = Linear(torch.zeros(12))
+    run = train(
+        model,
+        data,
+        DEFENCES["clean"],
+        BALL,
+        Schedule(30, 20, peak_lr=0.05),
+        recipe="mine",
+        tier="smoke",
+        progress=False,
+    )
+    assert (run.recipe, run.tier, run.n, len(run.history)) == ("mine", "smoke", 120, 30)
+    assert run.history[-1].loss < run.history[0].loss
+    assert run.history[-1].clean.share > 0.7  # of at most 0.9: every tenth label is wrong
+    assert run.history[-1].clean.n == 120  # fewer than the 256 that are monitored at most
+    assert [epoch.number for epoch in run.history] == list(range(1, 31))
+    for epoch in run.history:
+        assert epoch.clean.k >= epoch.pgd.k
+    assert not model.training
+
+
+def test_a_seed_decides_everything_and_global_state_decides_nothing(data):
+    def trained(seed: int) -> nn.Module:
+        model = restless()
+        train(model, data, DEFENCES["rs-fgsm-at"], BALL, Schedule(1, 20), seed=seed, progress=False)
+        return model
+
+    torch.manual_seed(1)
+    first = trained(1)
+    torch.manual_seed(2)
+    before = torch.random.get_rng_state()
+    again = trained(1)
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert same_weights(first, again)
+    assert not same_weights(first, trained(2))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(data):
+    def broken(model, x, y, ball, generator):
+        return F.cross_entropy(model(x), y) * math.nan
+
+    with pytest.raises(RobustkitError, match=r"loss is nan at step 0; lower peak_lr, now 0\.005"):
+        train(restless(), data, broken, BALL, Schedule(1, 20), progress=False)
+
+
+def test_the_alarm_is_a_large_gap_between_fgsm_and_pgd_and_nothing_else():
+    def epoch(fgsm: int, pgd: int) -> Epoch:
+        return Epoch(1, 1.0, 1.0, Interval(100, 100), Interval(fgsm, 100), Interval(pgd, 100))
+
+    assert epoch(95, 10).alarm
+    assert epoch(71, 50).alarm
+    assert not epoch(70, 50).alarm
+    assert not epoch(10, 95).alarm
+    assert not epoch(5, 5).alarm
+
+
+# --- resuming --------------------------------------------------------------------------------------
+
+SCHEDULE = Schedule(3, 20, eps_warmup=0.5)  # six steps an epoch
+
+
+def interrupted_at(step: int, defence=DEFENCES["rs-fgsm-at"]):
+    """The defence, but Ctrl-C falls into the middle of that step: after the forward pass in train mode."""
+    calls = iter(range(10**6))
+
+    def attempt(model, x, y, ball, generator):
+        loss = defence(model, x, y, ball, generator)
+        if next(calls) == step:
+            raise KeyboardInterrupt
+        return loss
+
+    return attempt
+
+
+@pytest.mark.parametrize("every_step", [True, False], ids=["checkpoint each step", "checkpoint each epoch"])
+@pytest.mark.parametrize("step", [0, 1, 6, 8, 17])
+def test_an_interrupted_run_resumes_to_identical_weights(step, every_step, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", -1.0 if every_step else 1e9)
+    whole = restless()
+    expected = train(
+        whole, data, DEFENCES["rs-fgsm-at"], BALL, SCHEDULE, run_dir=tmp_path / "whole", progress=False
+    )
+
+    with pytest.raises(KeyboardInterrupt):
+        train(
+            restless(), data, interrupted_at(step), BALL, SCHEDULE, run_dir=tmp_path / "cut", progress=False
+        )
+    assert not (tmp_path / "cut" / "model.safetensors").exists()  # nothing that looks finished
+
+    steps = []
+
+    def counted(*arguments):
+        steps.append(1)
+        return DEFENCES["rs-fgsm-at"](*arguments)
+
+    resumed = restless(seed=9)  # the weights must come from the checkpoint
+    if step == 0 or (step < 6 and not every_step):
+        resumed = restless()  # nothing was saved: from the beginning
+    found = train(resumed, data, counted, BALL, SCHEDULE, run_dir=tmp_path / "cut", progress=False)
+    assert len(steps) == 18 - (step if every_step else step // 6 * 6)
+    assert same_weights(resumed, whole)
+    files = [tmp_path / name / "model.safetensors" for name in ("whole", "cut")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    still = {"seconds": 0.0}
+    assert [replace(epoch, **still) for epoch in found.history] == [
+        replace(epoch, **still) for epoch in expected.history
+    ]
+
+
+def test_a_finished_run_resumes_to_itself_without_a_step(data, tmp_path):
+    first = restless()
+    run = train(first, data, DEFENCES["clean"], BALL, SCHEDULE, run_dir=tmp_path, progress=False)
+    again = restless(seed=9)
+    assert (
+        train(again, data, interrupted_at(0), BALL, SCHEDULE, run_dir=tmp_path, progress=False).history
+        == run.history
+    )
+    assert same_weights(first, again)
+
+
+def test_data_downloaded_at_the_start_and_cached_at_the_resumption_are_the_same_run(data, tmp_path):
+    def from_source(source: str) -> Dataset:
+        return replace(data, provenance=replace(data.provenance, source=source))
+
+    with pytest.raises(KeyboardInterrupt):
+        train(
+            restless(),
+            from_source("download"),
+            interrupted_at(8),
+            BALL,
+            SCHEDULE,
+            run_dir=tmp_path,
+            progress=False,
+        )
+    run = train(
+        restless(),
+        from_source("cache"),
+        DEFENCES["rs-fgsm-at"],
+        BALL,
+        SCHEDULE,
+        run_dir=tmp_path,
+        progress=False,
+    )
+    assert run.data.source == "cache"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seed": 1},
+        {"schedule": Schedule(4, 20)},
+        {"ball": Ball("L2", 0.05)},
+        {"recipe": "another"},
+        {"tier": "full"},
+        {"data": "other pixels"},
+        {"data": "fewer"},
+    ],
+    ids=str,
+)
+def test_a_checkpoint_of_other_settings_is_refused(change, data, tmp_path):
+    good = {"data": data, "ball": BALL, "schedule": SCHEDULE}
+
+    def start(defence, **settings):
+        settings = good | settings
+        positional = [settings.pop(name) for name in ("data", "ball", "schedule")]
+        return train(
+            restless(), positional[0], defence, *positional[1:], run_dir=tmp_path, progress=False, **settings
+        )
+
+    with pytest.raises(KeyboardInterrupt):
+        start(interrupted_at(8))
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    if change.get("data") == "other pixels":
+        change = {"data": replace(data, provenance=replace(data.provenance, sha256="1" * 64))}
+    elif change.get("data") == "fewer":
+        change = {"data": data.take(range(100))}
+    with pytest.raises(RobustkitError, match=r"checkpoint\.pt belongs to a run with other settings"):
+        start(DEFENCES["clean"], **change)
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(data, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        train(restless(), data, interrupted_at(8), BALL, SCHEDULE, run_dir=tmp_path, progress=False)
+    with pytest.raises(RobustkitError, match="belongs to another model"):
+        train(linear(), data, DEFENCES["clean"], BALL, SCHEDULE, run_dir=tmp_path, progress=False)
+
+
+@pytest.mark.parametrize("how", ["cut", "empty", "pickle", "another record"])
+def test_a_damaged_checkpoint_is_refused_in_a_sentence(how, data, tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    with pytest.raises(KeyboardInterrupt):
+        train(restless(), data, interrupted_at(8), BALL, SCHEDULE, run_dir=tmp_path, progress=False)
+    content = path.read_bytes()
+    path.write_bytes(
+        {"cut": content[: len(content) // 2], "pickle": b"cos\nsystem\n(S'true'\ntR."}.get(how, b"")
+    )
+    if how == "another record":
+        torch.save({"weights": torch.zeros(1)}, path)
+    with pytest.raises(RobustkitError, match=r"not a readable checkpoint; delete it to start again"):
+        train(restless(), data, DEFENCES["clean"], BALL, SCHEDULE, run_dir=tmp_path, progress=False)
+
+
+def test_run_json_holds_the_whole_history(data, tmp_path):
+    run = train(restless(), data, fgsm_at, BALL, SCHEDULE, run_dir=tmp_path, progress=False)
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert record["type"] == "Run"
+    assert record["ball"] == {"norm": "Linf", "eps": 0.05}
+    assert record["data"]["sha256"] == data.provenance.sha256
+    assert [epoch["clean"]["k"] for epoch in record["history"]] == [epoch.clean.k for epoch in run.history]
+
+
+# --- recipes ---------------------------------------------------------------------------------------
+
+
+def test_every_recipe_has_a_model_a_defence_and_every_tier():
+    for name, recipe in RECIPES.items():
+        assert recipe.name == name
+        assert set(recipe.schedules) == set(recipe.limits) == {"smoke", "standard", "full"}
+        assert training.defence_of(recipe) is DEFENCES[recipe.defence]
+
+
+def test_an_unknown_recipe_names_the_nearest():
+    assert find_recipe("mnist-pgd") is RECIPES["mnist-pgd"]
+    with pytest.raises(RobustkitError, match="did you mean 'mnist-fgsm'"):
+        find_recipe("mnist-fsgm")
+
+
+def test_the_labels_of_a_batch_stay_with_their_images():
+    x = interior(n=40)
+    y = (x[:, 0, 0, 0] > 0.5).long()
+
+    def watch(model, images, labels, ball, generator):
+        assert torch.equal(labels, (images[:, 0, 0, 0] > 0.5).long())
+        return F.cross_entropy(model(images), labels)
+
+    train(restless(), dataset(x, y), watch, BALL, Schedule(2, 10), progress=False)
