@@ -84,37 +84,43 @@ def check(
     through the same run and judge as submissions do, in the smoke tier. `wheel` builds what learners
     install into a folder.
     """
-    chosen = [LESSONS[lesson] for lesson in lessons]
     with tempfile.TemporaryDirectory(prefix="rk-check-") as folder:
         aside = replace(workspace, course=Path(folder, "course"), private=Path(folder, "private"))
-        aside.private.mkdir()
-        aside.secret.write_bytes(DEMO_SECRET)
-        problems, sources, sound = [], [], []
-        for lesson in chosen:
-            source, found = _check_source(workspace, lesson)
-            problems += found
-            if source is None:
-                continue
-            sources.append(source)
-            try:
-                gradebook.generate(workspace, lesson.id, aside.course, aside.gradebook)
-            except RobustkitError as error:
-                problems.append(str(error))
-                continue
-            problems += _check_stale(workspace.course / lesson.id, aside.course / lesson.id)
-            sound.append(lesson)
-        problems += [
-            f"course/{path.name} has no source in solutions/; remove it."
-            for path in sorted(workspace.course.glob("*"))
-            if path.is_dir() and path.name not in standing(workspace)
-        ]
-        problems += leaks.in_course(aside.course, sources) if aside.course.exists() else []
-        problems += [line for line in leaks.in_course(workspace.course, sources) if line not in problems]
+        problems, sound = check_files(workspace, lessons, aside, wheel)
+        return problems + check_runs(aside, sound)
+
+
+def check_files(
+    workspace: Workspace, lessons: Iterable[str], aside: Workspace, wheel: Callable[[Path], Path]
+) -> tuple[list[str], list[Lesson]]:
+    """The half of `check` that runs no notebook, and the lessons whose release it could make in `aside`."""
+    aside.private.mkdir(parents=True)
+    problems: list[str] = []
+    sources, sound = [], []
+    for lesson in (LESSONS[name] for name in lessons):
+        source, found = _check_source(workspace, lesson)
+        problems += found
+        if source is None:
+            continue
+        sources.append(source)
         try:
-            problems += leaks.in_wheel(wheel(Path(folder)), sources)
-        except RuntimeError as error:
-            problems.append(f"the wheel cannot be built ({error}).")
-        return problems + _check_runs(aside, sound)
+            gradebook.generate(workspace, lesson.id, aside.course, aside.gradebook)
+        except RobustkitError as error:
+            problems.append(str(error))
+            continue
+        problems += _check_stale(workspace.course / lesson.id, aside.course / lesson.id)
+        sound.append(lesson)
+    problems += [
+        f"course/{path.name} has no source in solutions/; remove it."
+        for path in sorted(workspace.course.glob("*"))
+        if path.is_dir() and path.name not in standing(workspace)
+    ]
+    leaked = [*leaks.in_course(aside.course, sources), *leaks.in_course(workspace.course, sources)]
+    try:
+        leaked += leaks.in_wheel(wheel(aside.private), sources)
+    except RuntimeError as error:
+        problems.append(f"the wheel cannot be built ({error}).")
+    return problems + list(dict.fromkeys(leaked)), sound
 
 
 def _check_source(workspace: Workspace, lesson: Lesson) -> tuple[NotebookNode | None, list[str]]:
@@ -222,12 +228,20 @@ def _difference(old: bytes, new: bytes) -> str:
     return f"{len(before)} lines for {len(after)}"
 
 
-def _check_runs(aside: Workspace, lessons: list[Lesson]) -> list[str]:
-    """Run every reference solution and every untouched release, two at a time."""
+def check_runs(aside: Workspace, lessons: list[Lesson]) -> list[str]:
+    """The half of `check` that runs notebooks: reference solutions and untouched releases, two at a time."""
+    aside.secret.write_bytes(DEMO_SECRET)
     checks = (_check_reference, _check_untouched, _check_invert)
     jobs = [(each, lesson) for each in checks for lesson in lessons]
+
+    def problems(job: tuple[Callable[[Workspace, Lesson], list[str]], Lesson]) -> list[str]:
+        try:
+            return job[0](aside, job[1])
+        except RobustkitError as error:
+            return [f"{job[1].id}: {error}"]
+
     with ThreadPoolExecutor(2) as pool:
-        results = pool.map(lambda job: job[0](aside, job[1]), jobs)
+        results = pool.map(problems, jobs)
         return [line for found in tqdm(results, total=len(jobs), desc="run and judge") for line in found]
 
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import ast
 import io
 import math
-import os
-import stat
 import zipfile
 from pathlib import Path
 
 import numpy as np
 
+from grading.files import read_plain
 from robustkit.contracts import Arrays
 from robustkit.errors import RobustkitError
 
@@ -21,24 +20,8 @@ _HEADER = 10  # bytes before the header's text in version 1.0 of the .npy format
 
 
 def take(path: Path) -> bytes:
-    """The bytes of a file that a learner's kernel left behind.
-
-    Raises: RobustkitError when it is missing, a link, not a plain file, or too large.
-    """
-    try:
-        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except OSError as error:
-        raise RobustkitError(f"the notebook left no evidence ({error.strerror}).") from error
-    with os.fdopen(handle, "rb") as file:
-        status = os.fstat(handle)
-        if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
-            raise RobustkitError("the evidence is not a plain file of its own.")
-        data = file.read(MOST_BYTES + 1)
-    if len(data) > MOST_BYTES:
-        raise RobustkitError(
-            f"the evidence has more than {MOST_BYTES // 2**20} MiB, the limit for one exercise."
-        )
-    return data
+    """The bytes of a file that a learner's kernel left behind. Raises: RobustkitError when it is not a plain one."""
+    return read_plain(path, MOST_BYTES)
 
 
 def parse(data: bytes) -> Arrays:

@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import stat
 from pathlib import Path
 from typing import Any
 
 import nbformat
 from nbformat import NotebookNode
 
+from grading.files import read_plain
 from grading.records import sha256
 from robustkit.errors import RobustkitError
 from robustkit.lessons import LESSONS, Lesson
@@ -32,7 +31,7 @@ def read_submission(path: Path) -> tuple[NotebookNode, str]:
 
     Raises: RobustkitError when it is missing, a link, too large, not JSON or not a notebook.
     """
-    data = _read(path)
+    data = read_plain(path, MOST_BYTES)
     try:
         notebook = _current(json.loads(data))
         nbformat.validate(notebook)
@@ -54,24 +53,6 @@ def read_submission(path: Path) -> tuple[NotebookNode, str]:
             f"{path.name} has {len(notebook.cells)} cells, at most {MOST_CELLS} are graded; remove some."
         )
     return notebook, sha256(data)
-
-
-def _read(path: Path) -> bytes:
-    try:
-        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except OSError as error:
-        raise RobustkitError(
-            f"{path} cannot be opened ({error.strerror}); submit a notebook file of that name."
-        ) from error
-    with os.fdopen(handle, "rb") as file:
-        if not stat.S_ISREG(os.fstat(handle).st_mode):
-            raise RobustkitError(f"{path} is not a plain file; submit the notebook itself.")
-        data = file.read(MOST_BYTES + 1)
-    if len(data) > MOST_BYTES:
-        raise RobustkitError(
-            f"{path.name} has more than {MOST_BYTES // 2**20} MiB; clear its outputs and submit it again."
-        )
-    return data
 
 
 def _current(content: Any) -> Any:
