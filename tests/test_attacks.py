@@ -143,13 +143,17 @@ def test_restarts_never_lose_what_an_earlier_one_found():
         y = model(x).argmax(1)
     ball = Ball("Linf", 0.02)
 
-    def loss(restarts: int) -> torch.Tensor:
+    def result(restarts: int) -> tuple[torch.Tensor, torch.Tensor]:
         found = pgd(model, x, y, ball, steps=2, restarts=restarts, generator=seeded(2))
         with torch.no_grad():
-            return margin(model(found), y)
+            return margin(model(found), y), cross_entropy(model(found), y)
 
-    one, three = loss(1), loss(3)
+    (one, low), (three, high) = result(1), result(3)
     assert ((one > 0) <= (three > 0)).all()
+    # Among failures the highest loss is kept, not the last.
+    failed = three <= 0
+    assert 0 < int(failed.sum()) < 32
+    assert (high[failed] >= low[failed] - 1e-6).all()
 
 
 def test_restarts_are_spent_on_survivors_alone():

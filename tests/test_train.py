@@ -174,6 +174,18 @@ def test_a_seed_decides_everything_and_global_state_decides_nothing(data):
     assert not same_weights(first, trained(2))
 
 
+def test_each_step_is_in_train_mode_with_random_numbers_of_its_own(data):
+    drawn = []
+
+    def spy(model, x, y, ball, generator):
+        assert model.training
+        drawn.append(torch.rand((), generator=generator).item())
+        return F.cross_entropy(model(x), y)
+
+    train(restless().eval(), data, spy, BALL, Schedule(2, 20), progress=False)
+    assert len(set(drawn)) == len(drawn) == 12
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(data):
     def broken(model, x, y, ball, generator):
         return F.cross_entropy(model(x), y) * math.nan
