@@ -229,7 +229,7 @@ def _run_text(run: Run, out: Path) -> str:
     monitored = run.history[-1].clean.n
     return "\n".join(
         [
-            f"{run.recipe}, {run.tier} tier, seed {run.seed}: trained against {run.ball} on {run.n:,} images",
+            f"{run.recipe}, {run.tier} tier, seed {run.seed}: {run.n:,} training images, ball {run.ball}",
             f"data: {run.data}",
             f"hardware: {run.hardware}, {run.seconds:.0f} s",
             "",
