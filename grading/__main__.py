@@ -61,7 +61,7 @@ def _run(arguments: argparse.Namespace) -> int:
     result = run.run_submission(
         path,
         lesson,
-        workspace.release(lesson.id),
+        arguments.release or workspace.release(lesson.id),
         arguments.out,
         student=check_student(arguments.student),
         secret=course_secret(arguments.secret or workspace.secret),
@@ -217,6 +217,7 @@ def _parser() -> argparse.ArgumentParser:
         "--student", default="anonymous", help="whose hidden cases to draw (default: %(default)s)"
     )
     run.add_argument("--lesson", help="default: the lesson whose cells it has")
+    run.add_argument("--release", type=Path, help="the released notebook (default: the one in course/)")
     _secret(run)
     _limits(run)
 

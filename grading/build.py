@@ -20,13 +20,12 @@ from tqdm import tqdm
 
 from grading import gradebook, leaks, notebooks, pipeline
 from grading.preprocessors import CANARY_KEY
+from grading.records import Records, read_records
 from grading.score import score
 from grading.workspace import DEMO_SECRET, Workspace
 from robustkit.errors import RobustkitError
 from robustkit.files import write_atomically
 from robustkit.lessons import LESSONS, Lesson
-
-STUDENT = "reference"  # who the reference solution and the untouched release are handed in by
 
 
 def standing(workspace: Workspace) -> list[str]:
@@ -104,7 +103,7 @@ def check_files(
             continue
         sources.append(source)
         try:
-            gradebook.generate(workspace, lesson.id, aside.course, aside.gradebook)
+            gradebook.generate(workspace, lesson.id, aside.course, None)
         except RobustkitError as error:
             problems.append(str(error))
             continue
@@ -246,15 +245,7 @@ def check_runs(aside: Workspace, lessons: list[Lesson]) -> list[str]:
 
 
 def _check_reference(aside: Workspace, lesson: Lesson) -> list[str]:
-    verdicts = pipeline.assess(
-        aside.source(lesson.id),
-        lesson,
-        aside.release(lesson.id),
-        aside.records / "reference" / lesson.id,
-        STUDENT,
-        aside.secret,
-        pipeline.Settings(),
-    )
+    verdicts = _assess(aside, lesson, aside.source(lesson.id), "reference")
     return [
         f"solutions/{lesson.id} loses {mark.maximum - mark.points:g} points on {mark.exercise} {mark.criterion} "
         f"({', '.join(f'{note.code}: {note.hint}' for note in mark.notes)})."
@@ -264,14 +255,20 @@ def _check_reference(aside: Workspace, lesson: Lesson) -> list[str]:
 
 
 def _check_untouched(aside: Workspace, lesson: Lesson) -> list[str]:
-    release = aside.release(lesson.id)
-    folder = aside.records / "untouched" / lesson.id
-    verdicts = pipeline.assess(release, lesson, release, folder, STUDENT, aside.secret, pipeline.Settings())
-    earned = [exercise for exercise in score(verdicts, {}).exercises if exercise.points > 0]
+    card = score(_assess(aside, lesson, aside.release(lesson.id), "untouched"), {})
     return [
         f"course/{lesson.id} earns {exercise.points:g} points on {exercise.id} without a line written."
-        for exercise in earned
+        for exercise in card.exercises
+        if exercise.points > 0
     ]
+
+
+def _assess(aside: Workspace, lesson: Lesson, notebook: Path, student: str) -> Records:
+    """Run and judge in processes of their own: the jobs of a check run side by side."""
+    folder = aside.hop(student, lesson.id)
+    pipeline.run_aside(notebook, lesson, aside.release(lesson.id), folder / "evidence", student, aside.secret)
+    pipeline.judge_aside(folder / "evidence", folder / "records.json", aside.secret)
+    return read_records(folder / "records.json")
 
 
 def _check_invert(aside: Workspace, lesson: Lesson) -> list[str]:

@@ -25,6 +25,8 @@ from robustkit.errors import RobustkitError
 
 COURSE_ID = "robustkit"
 
+_SAVES_CELLS = "nbgrader.preprocessors.SaveCells"  # the one preprocessor that needs the database
+
 
 @dataclass(frozen=True)
 class Row:
@@ -94,8 +96,8 @@ def settings(workspace: Workspace, how: Settings | None = None) -> Config:
     return c
 
 
-def generate(workspace: Workspace, lesson: str, release: Path, database: Path) -> Path:
-    """nbgrader's generator: the lesson's source into the folder `release`, its cells into `database`.
+def generate(workspace: Workspace, lesson: str, release: Path, database: Path | None) -> Path:
+    """nbgrader's generator: the lesson's source into the folder `release`, its cells into `database`, if any.
 
     Raises: RobustkitError with nbgrader's reason.
     """
@@ -104,9 +106,14 @@ def generate(workspace: Workspace, lesson: str, release: Path, database: Path) -
             f"{workspace.source(lesson)} does not exist; choose a lesson that stands in solutions/."
         )
     release.mkdir(parents=True, exist_ok=True)
-    config = settings(replace(workspace, course=release))
-    config.CourseDirectory.db_url = _url(database)
-    result = _api(config).generate_assignment(lesson, force=True, create=True)
+    aside = replace(workspace, course=release)
+    config = settings(aside)
+    if database is None:
+        config.GenerateAssignment.no_database = True
+        config.GenerateAssignment.preprocessors.remove(_SAVES_CELLS)
+    else:
+        config.CourseDirectory.db_url = _url(database)
+    result = _api(aside, config).generate_assignment(lesson, force=True, create=True)
     if not result["success"]:
         raise RobustkitError(
             f"nbgrader cannot generate {lesson} ({_reason(result)}); correct solutions/{lesson}."
@@ -126,7 +133,7 @@ def autograde(workspace: Workspace, lesson: str, student: str, how: Settings) ->
     with warnings.catch_warnings():
         # nbgrader 0.9.6 adds its rows in an order that SQLAlchemy 2.1 remarks on; they are all stored.
         warnings.filterwarnings("ignore", "Object of type .* not in session", SAWarning)
-        result = _api(settings(workspace, how)).autograde(lesson, student, force=True, create=True)
+        result = _api(workspace, settings(workspace, how)).autograde(lesson, student, force=True, create=True)
     if not result["success"]:
         raise RobustkitError(_reason(result))
 
@@ -196,7 +203,10 @@ def _find_alembic() -> None:
         os.environ["PATH"] = os.pathsep.join([tools, os.environ.get("PATH", os.defpath)])
 
 
-def _api(config: Config) -> NbGraderAPI:
+def _api(workspace: Workspace, config: Config) -> NbGraderAPI:
+    (workspace.private / "exchange").mkdir(
+        parents=True, exist_ok=True
+    )  # nbgrader complains when there is none
     return NbGraderAPI(config=config, log_level=logging.ERROR)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -48,25 +47,32 @@ def assess(
     return records.read_records(into / "records.json")
 
 
+def run_aside(notebook: Path, lesson: Lesson, release: Path, into: Path, student: str, secret: Path) -> None:
+    """`run` in a fresh process, in the smoke tier. Raises: RobustkitError with its sentence."""
+    arguments: list[str | Path] = [notebook.resolve(), "-o", into.resolve(), "--release", release.resolve()]
+    _hop("run", *arguments, "--lesson", lesson.id, "--student", student, "--secret", secret.resolve())
+
+
 def judge_aside(evidence: Path, into: Path, secret: Path) -> None:
     """The judge in a fresh process, which has imported nothing and keeps nothing.
 
     Raises: RobustkitError when it ends without records.
     """
     into.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "grading", "judge", evidence.resolve(), "-o", into.resolve()]
+    _hop("judge", evidence.resolve(), "-o", into.resolve(), "--secret", secret.resolve())
+
+
+def _hop(*arguments: str | Path) -> None:
     done = subprocess.run(
-        [*map(str, command), "--secret", str(secret.resolve())],
+        [sys.executable, "-m", "grading", *map(str, arguments)],
         cwd=ROOT,
-        env={**os.environ, "PYTHONSAFEPATH": "", "NBGRADER_EXECUTION": ""},
         capture_output=True,
         text=True,
         check=False,
     )
     if done.returncode != 0:
-        reason = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
         raise RobustkitError(
-            f"the judge stopped on {evidence.parent.name} ({reason}); judge the evidence again."
+            (done.stderr.strip().splitlines() or [f"{arguments[0]} stopped without a word."])[-1]
         )
 
 
