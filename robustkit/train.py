@@ -348,12 +348,18 @@ RECIPES: dict[str, Recipe] = {
     for recipe in (
         _mnist("mnist-clean", "clean", Schedule(4, 64), Schedule(2), Schedule(5)),
         _mnist("mnist-fgsm", "fgsm-at", Schedule(8, 64, eps_warmup=0.3), Schedule(3), Schedule(10)),
-        _mnist("mnist-rs-fgsm", "rs-fgsm-at", Schedule(8, 64, eps_warmup=0.3), Schedule(5), Schedule(15)),
+        _mnist(
+            "mnist-rs-fgsm",
+            "rs-fgsm-at",
+            Schedule(8, 64, eps_warmup=0.3),
+            Schedule(5, eps_warmup=0.2),
+            Schedule(15, eps_warmup=0.2),
+        ),
         _mnist(
             "mnist-pgd",
             "pgd-at",
             Schedule(12, 64, eps_warmup=0.5),
-            Schedule(10, eps_warmup=0.3),
+            Schedule(12, eps_warmup=0.3),
             Schedule(40, eps_warmup=0.3),
         ),
     )

@@ -46,14 +46,16 @@ def rs_fgsm(
 ) -> Tensor:
     """A uniform random start in the ball, then one FGSM step of `step_size` * eps, projected.
 
-    Source: Wong, Rice & Kolter 2020 (arXiv 2001.03994), algorithm 3, which uses 1.25 eps. Not R+FGSM
-    (Tramer et al. 2018), which starts with a random sign step of eps / 2.
+    Source: Wong, Rice & Kolter 2020 (arXiv 2001.03994), algorithm 3, which uses 1.25 eps. As there, the
+    start is not clamped into the box before the step: on images with many black pixels that would undo
+    half of the randomness, and with it the defence that trains on this attack. Not R+FGSM (Tramer et
+    al. 2018), which starts with a random sign step of eps / 2.
     Shapes, units: as `fgsm`; `step_size` is in units of eps.
     Randomness: the start, from `generator` alone.
     Raises: RobustkitError on a batch outside [0, 1] or unusable logits.
     """
     check_batch(x, y)
-    start = ball.candidates(x, ball.random(x, generator))
+    start = ball.random(x, generator)
     with attackable(model):
-        _, gradient = input_gradient(model, start, y, loss)
-    return ball.candidates(x, start - x + step_size * ball.eps * ball.steepest(gradient))
+        _, gradient = input_gradient(model, x + start, y, loss)
+    return ball.candidates(x, start + step_size * ball.eps * ball.steepest(gradient))
