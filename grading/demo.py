@@ -26,7 +26,7 @@ LESSON = "01-mnist-fgsm"
 REFERENCE = "reference solution"
 
 _MARKER = ".robustkit-demo"
-_EXAMPLES = Path(__file__).parent / "examples"
+EXAMPLES = Path(__file__).parent / "examples"
 _CELL = re.compile(r"^## (\w+)\n+```(?:python|markdown)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -104,7 +104,7 @@ def submissions(workspace: Workspace) -> dict[str, NotebookNode]:
 
 def read_example(name: str) -> dict[str, str]:
     """The cells of an example: a Markdown page with one `## grade_id` and one code block for each."""
-    text = (_EXAMPLES / LESSON / f"{name}.md").read_text(encoding="utf-8")
+    text = (EXAMPLES / LESSON / f"{name}.md").read_text(encoding="utf-8")
     return {cell: source.rstrip("\n") for cell, source in _CELL.findall(text)}
 
 

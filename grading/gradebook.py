@@ -85,11 +85,12 @@ def settings(workspace: Workspace, how: Settings | None = None) -> Config:
         f"{ours}.SaveJudgedGrades",
         *(f"{theirs}.{name}" for name in ("AssignLatePenalties", "CheckCellMetadata")),
     ]
+    c.GenerateFeedback.exporter_class = f"{ours}.FeedbackPage"
+    c.GenerateFeedback.preprocessors = []
     c.RestoreCells.course = str(workspace.course.resolve())
-    c.JudgedExecute.solutions = str(workspace.solutions.resolve())
-    c.JudgedExecute.course = str(workspace.course.resolve())
-    c.JudgedExecute.submitted = str(workspace.submitted.resolve())
-    c.JudgedExecute.private = str(workspace.private.resolve())
+    for name in ("JudgedExecute", "FeedbackPage"):
+        for folder in ("solutions", "course", "submitted", "private"):
+            c[name][folder] = str(getattr(workspace, folder).resolve())
     c.JudgedExecute.tier = how.tier
     c.JudgedExecute.cell_seconds = float(how.limits.cell)
     c.JudgedExecute.notebook_seconds = float(how.limits.notebook)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
+from nbconvert import HTMLExporter
 from nbformat import NotebookNode
 from nbgrader.api import Gradebook
 from nbgrader.preprocessors import SaveAutoGrades
@@ -20,11 +21,12 @@ from nbgrader.preprocessors.base import NbGraderPreprocessor
 from nbgrader.utils import is_solution
 from traitlets import Float, Unicode
 
-from grading import notebooks, pipeline
+from grading import feedback, notebooks, pipeline
 from grading.gradebook import manual_marks
 from grading.judge import find_lesson
+from grading.records import read_records
 from grading.run import Limits
-from grading.score import Scorecard
+from grading.score import Scorecard, score
 from grading.workspace import Workspace
 
 Resources = Any  # nbconvert's dictionary
@@ -120,3 +122,26 @@ class SaveJudgedGrades(SaveAutoGrades):
         grade.auto_score = points  # type: ignore[assignment]  # a SQLAlchemy column
         grade.needs_manual_grade = grade.manual_score is not None  # type: ignore[assignment]
         self.gradebook.db.commit()
+
+
+class FeedbackPage(HTMLExporter):
+    """What formgrader's "Generate feedback" makes: the learner's page of `feedback`, with the marks given by now.
+
+    nbgrader's own page is the autograded notebook, mark schemes and all.
+    """
+
+    solutions = Unicode(help="Folder of the source lessons").tag(config=True)
+    course = Unicode(help="Folder of the released lessons").tag(config=True)
+    submitted = Unicode(help="Folder of the submissions").tag(config=True)
+    private = Unicode(help="Folder of the records and the gradebook").tag(config=True)
+
+    def from_filename(  # type: ignore[override]  # nbconvert: text for this kind of exporter
+        self, filename: str, resources: Resources = None, **_: object
+    ) -> tuple[str, Resources]:
+        workspace = Workspace(
+            Path(self.solutions), Path(self.course), Path(self.submitted), Path(self.private)
+        )
+        student, lesson = resources["nbgrader"]["student"], resources["nbgrader"]["assignment"]
+        verdicts = read_records(workspace.hop(student, lesson) / "records.json")
+        card = score(verdicts, manual_marks(workspace, student, lesson))
+        return feedback.render(card), {**resources, "output_extension": ".html"}

@@ -10,6 +10,7 @@ import nbformat
 import pytest
 from fixtures import small_course as small
 from nbgrader.api import Gradebook
+from nbgrader.apps.api import NbGraderAPI
 
 from grading import build, class_report, export, grade, gradebook, notebooks, records
 from grading.pipeline import Settings
@@ -209,6 +210,19 @@ def test_written_answer_waits_for_a_marker_and_keeps_the_mark(essay):
     (again,) = grade.grade(essay, [small.WRITTEN], SETTINGS)
     assert again.card.points == 8.5
     assert row_of(essay).points == 8.5
+
+
+def test_formgraders_feedback_is_the_learners_page(essay):
+    page = essay.page("essayist", small.WRITTEN)
+    page.unlink()
+    config = gradebook.settings(essay)
+    result = NbGraderAPI(config=config).generate_feedback(small.WRITTEN, "essayist")
+    assert result["success"], result
+    text = page.read_text()
+    assert "Points by exercise and criterion" in text
+    assert "8.5 of 50" in text
+    assert "Two points for each gap" not in text
+    assert "<script" not in text
 
 
 def test_cells_cannot_be_added_once_submissions_are_in(essay):

@@ -1,0 +1,178 @@
+"""JupyterLab and formgrader as people see them: a real server, headless Chromium, screenshots to look at."""
+
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+
+import nbformat
+import pytest
+from fixtures import small_course as small
+
+from grading import build, grade, gradebook
+from grading.pipeline import Settings
+from grading.workspace import ROOT, repository
+
+CHROMIUM = shutil.which("chromium")
+QUIET = ("--no-sandbox", "--disable-gpu")
+OFFLINE = ("--disable-background-networking", "--disable-component-update", "--disable-sync")
+SHOTS = ROOT / "screenshots"
+NOTHING_RUNS = """() => {
+    const prompts = [...document.querySelectorAll(".jp-CodeCell .jp-InputPrompt")];
+    return prompts.length > 0 && !prompts.some(prompt => prompt.textContent.includes("*"));
+}"""
+
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        CHROMIUM is None, reason="there is no chromium on the PATH (Debian: apt install chromium)"
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    """A course of one shortened lesson, with one graded submission whose written answer waits for a marker."""
+    workspace = small.workspace_in(tmp_path_factory.mktemp("lab"))
+    small.author(workspace, small.WRITTEN, small.written_notebook())
+    build.build(workspace, [small.WRITTEN])
+    release = nbformat.read(workspace.release(small.WRITTEN), as_version=4)
+    answer = {"s1_judgement_answer": "The slide names no norm.", "s1_predict": small.PREDICTION}
+    small.hand_in(workspace, "essayist", small.filled(release, answer), small.WRITTEN)
+    grade.grade(workspace, [small.WRITTEN], Settings())
+    return workspace
+
+
+@pytest.fixture(scope="module")
+def lab(workspace):
+    """The address of a JupyterLab with nbgrader's extension on that course, by token."""
+    home = workspace.private.parent
+    folders = [workspace.solutions, workspace.course, workspace.submitted, workspace.private]
+    (home / "nbgrader_config.py").write_text(
+        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n"
+        "from pathlib import Path\nfrom grading.gradebook import settings\nfrom grading.workspace import Workspace\n"
+        f"c = get_config()\nc.merge(settings(Workspace(*map(Path, {list(map(str, folders))!r}))))\n"
+    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    token = secrets.token_hex(16)
+    own = {
+        name: str(home / name.lower()) for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "IPYTHONDIR")
+    }
+    with (home / "lab.log").open("w") as log:
+        server = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "jupyter", "lab", "--no-browser", "--ip=127.0.0.1", f"--port={port}"),
+                *(
+                    f"--IdentityProvider.token={token}",
+                    f"--ServerApp.root_dir={home}",
+                    "--ServerApp.port_retries=0",
+                ),
+                *("--LabApp.news_url=None", "--allow-root"),
+            ],
+            cwd=home,
+            env=os.environ | own | {"JUPYTER_RUNTIME_DIR": str(home / "runtime"), "ROBUSTKIT_TIER": "smoke"},
+            stdout=log,
+            stderr=log,
+        )
+        address = f"http://127.0.0.1:{port}"
+        try:
+            _wait_until_up(server, f"{address}/api/status?token={token}", home / "lab.log")
+            yield address, token
+        finally:
+            server.terminate()
+            try:
+                server.wait(20)
+            except subprocess.TimeoutExpired:
+                server.kill()
+                server.wait()
+
+
+def _wait_until_up(server, url, log):
+    for _ in range(240):
+        assert server.poll() is None, log.read_text()[-2000:]
+        try:
+            with urllib.request.urlopen(url, timeout=5):
+                return
+        except (urllib.error.URLError, ConnectionError):
+            time.sleep(0.25)
+    raise AssertionError(log.read_text()[-2000:])
+
+
+@pytest.fixture
+def page():
+    from playwright.sync_api import sync_playwright
+
+    SHOTS.mkdir(exist_ok=True)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=[*QUIET, *OFFLINE])
+        page = browser.new_page(viewport={"width": 1280, "height": 900})
+        page.set_default_timeout(60_000)
+        yield page
+        browser.close()
+
+
+def run_up_to(page, notebook, grade_id):
+    """Run the notebook's cells one by one, as with Shift+Enter, up to the one with this nbgrader id."""
+    page.wait_for_selector(".jp-Notebook .jp-Cell")
+    page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status='idle']")
+    page.locator(".jp-Notebook .jp-MarkdownCell").first.click()
+    for cell in notebook.cells:
+        page.keyboard.press("Shift+Enter")
+        page.wait_for_function(NOTHING_RUNS)
+        if cell.metadata.get("nbgrader", {}).get("grade_id") == grade_id:
+            return
+    raise AssertionError(f"the release has no cell {grade_id}")
+
+
+def test_a_learner_sees_the_hint_of_the_check(lab, workspace, page):
+    """The real lesson 1 in JupyterLab: an untouched exercise is checked, and told what is missing."""
+    address, token = lab
+    lesson = small.WRITTEN
+    learner = workspace.private.parent / "learner"
+    build.build(repository_into(learner), [lesson])
+    notebook = nbformat.read(learner / "course" / lesson / f"{lesson}.ipynb", as_version=4)
+    page.goto(f"{address}/lab/tree/learner/course/{lesson}/{lesson}.ipynb?token={token}")
+    run_up_to(page, notebook, "s1_predict_check")
+    hint = page.get_by_text("PREDICTION_MISSING")
+    hint.scroll_into_view_if_needed()
+    page.screenshot(path=SHOTS / "lab-hint.png")
+    assert hint.is_visible()
+    assert "0 of 1 points on the visible check" in page.locator(".jp-Notebook").inner_text()
+
+
+def repository_into(folder):
+    """This clone's sources, built into a folder of the test's own."""
+    clone = repository()
+    return type(clone)(clone.solutions, folder / "course", folder / "submitted", folder / "private")
+
+
+def test_a_marker_finds_the_answer_in_formgrader_and_marks_it(lab, workspace, page):
+    address, token = lab
+    page.goto(f"{address}/formgrader?token={token}")
+    page.get_by_role("link", name=small.WRITTEN).first.wait_for()
+    page.screenshot(path=SHOTS / "formgrader-list.png")
+
+    page.goto(f"{address}/formgrader/gradebook/{small.WRITTEN}/{small.WRITTEN}")
+    page.get_by_role("link", name="Submission #1").click()
+    answer = page.get_by_text("The slide names no norm.")
+    answer.wait_for()
+    assert page.get_by_text("Two points for each gap").is_visible()
+    answer.scroll_into_view_if_needed()
+    page.screenshot(path=SHOTS / "formgrader-answer.png")
+
+    box = page.locator("input#s1_judgement")
+    box.fill("7.5")
+    with page.expect_response(lambda response: "/formgrader/api/grade/" in response.url) as saved:
+        box.press("Tab")
+    assert saved.value.ok
+    (row,) = gradebook.rows(workspace)
+    assert (row.points, row.needs_marking) == (8.5, False)
+    page.screenshot(path=SHOTS / "formgrader-marked.png")
