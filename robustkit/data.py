@@ -379,6 +379,9 @@ def _decode_digits(contents: Sequence[bytes], split: str) -> tuple[Bytes, Bytes]
 
     Of 16, 20, 22, 24 and 28 pixels, 20 is nearest to MNIST: a small CNN trained on 12,000 images of
     MNIST classifies 64 % of these digits (next best 58 %), and all sizes train to 95 or 96 %.
+    Contrast is then stretched fourfold about mid-grey, as MNIST's strokes are nearly black and white:
+    in mid-grey strokes, eps 0.3 erases a digit and leaves nothing to defend (PGD-40 accuracy of the
+    smoke-tier PGD-AT recipe: 13 % without, 59 % with; n=300, seed 0).
     """
     from sklearn.datasets import load_digits  # a second to import, and the other data sets need none of it
     from sklearn.model_selection import train_test_split
@@ -388,8 +391,9 @@ def _decode_digits(contents: Sequence[bytes], split: str) -> tuple[Bytes, Bytes]
     centres = np.clip(4 * np.arange(20) - 3, 0, 70)
     weights = np.clip(10 - abs(centres[:, None] - 10 * np.arange(8)), 0, None)
     hundredths = weights @ digits.images.astype(np.int64) @ weights.T  # 0 to 1600, for grey levels 0 to 16
+    stretched = np.clip(4 * (hundredths - 800) + 800, 0, 1600)
     images = np.zeros((len(hundredths), 1, 28, 28), np.uint8)
-    images[:, 0, 4:24, 4:24] = (hundredths * 255 + 800) // 1600
+    images[:, 0, 4:24, 4:24] = (stretched * 255 + 800) // 1600
     train, test = train_test_split(
         np.arange(len(images)), test_size=360, stratify=digits.target, random_state=0
     )
@@ -525,7 +529,7 @@ _RECIPES = {
         DIGIT_CLASSES,
         {"train": (), "test": ()},
         _decode_digits,
-        "scikit-learn digits, upscaled: NOT MNIST",
+        "scikit-learn digits, upscaled, contrast stretched: NOT MNIST",
         exact=False,
     ),
 }

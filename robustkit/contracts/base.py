@@ -40,7 +40,8 @@ class Contract:
 
 def text(value: object) -> Array:
     """JSON as bytes in an array: words can then travel beside numbers without pickles."""
-    return np.frombuffer(json.dumps(value).encode(), dtype=np.uint8)
+    plain = json.dumps(value, default=lambda other: other.tolist())  # numpy's and torch's numbers
+    return np.frombuffer(plain.encode(), dtype=np.uint8)
 
 
 def untext(array: Array) -> Any:
@@ -67,17 +68,17 @@ def judge_safely(contract: Contract, case: Arrays, evidence: Arrays) -> list[Fin
 
     Fail closed: an exception while judging means that the evidence is not what the contract records.
     """
-    if "error" in evidence:
-        try:
+    try:
+        if "error" in evidence:
             code, hint = untext(evidence["error"])
             return everywhere(contract, str(code), str(hint))
-        except (ValueError, TypeError):
-            return everywhere(contract, "EVIDENCE_MALFORMED", "the evidence cannot be read")
-    # Every comparison with NaN is false, so a judge that asks "is it too far off?" would be content with it.
-    if any(array.dtype.kind == "f" and not np.isfinite(array).all() for array in evidence.values()):
-        return everywhere(contract, "NOT_FINITE", "the result holds NaN or infinity")
-    try:
-        return contract.judge(case, evidence)
+        if any(array.dtype.kind not in "biuf" for array in evidence.values()):
+            raise TypeError("evidence is numbers alone")
+        # Every comparison with NaN is false: a judge that asks "is it too far off?" would be content with it.
+        if any(array.dtype.kind == "f" and not np.isfinite(array).all() for array in evidence.values()):
+            return everywhere(contract, "NOT_FINITE", "the result holds NaN or infinity")
+        with np.errstate(over="raise", invalid="raise", divide="raise"):  # nor may a judge make one
+            return contract.judge(case, evidence)
     except Exception as error:
         return everywhere(
             contract, "EVIDENCE_MALFORMED", f"the evidence cannot be judged ({type(error).__name__})"

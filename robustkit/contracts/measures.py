@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -29,8 +30,8 @@ def _numbers(value: Any) -> Array:
 
 def _draw_pairs(seed: int) -> Arrays:
     generator = seeded(seed, "pairs")
-    x = torch.rand(8, 3, 4, 4, generator=generator)
-    return {"x": x.numpy(), "z": torch.rand(8, 3, 4, 4, generator=generator).numpy()}
+    x, z = torch.rand(2, 32, 3, 4, 4, generator=generator)
+    return {"x": x.numpy(), "z": z.numpy()}
 
 
 def _observe_distance(distance: Any, case: Arrays) -> Arrays:
@@ -63,9 +64,10 @@ DISTANCE = Contract(("Linf", "L2"), _draw_pairs, _observe_distance, _judge_dista
 def _draw_projection(seed: int) -> Arrays:
     generator = seeded(seed, "projection")
     x = torch.rand(32, 1, 6, 6, generator=generator)
-    near = (x + 0.05 * (2 * torch.rand(x.shape, generator=generator) - 1)).clamp(0, 1)
+    eps = round(0.05 + 0.1 * torch.rand((), generator=generator).item(), 3)
+    near = (x + 0.5 * eps * (2 * torch.rand(x.shape, generator=generator) - 1)).clamp(0, 1)
     far = x + 2 * torch.rand(x.shape, generator=generator) - 1
-    return {"x": x.numpy(), "near": near.numpy(), "far": far.numpy(), "eps": np.float32(0.1)}
+    return {"x": x.numpy(), "near": near.numpy(), "far": far.numpy(), "eps": np.float64(eps)}
 
 
 def _observe_projection(project: Any, case: Arrays) -> Arrays:
@@ -73,15 +75,16 @@ def _observe_projection(project: Any, case: Arrays) -> Arrays:
     for name in ("near", "far"):
         x, candidate = torch.from_numpy(case["x"].copy()), torch.from_numpy(case[name].copy())
         seen[name] = _numbers(project(x, candidate, float(case["eps"])))
-        seen[f"{name}_kept"] = np.bool_(np.array_equal(candidate.numpy(), case[name]))
+        kept = np.array_equal(candidate.numpy(), case[name]) and np.array_equal(x.numpy(), case["x"])
+        seen[f"{name}_kept"] = np.bool_(kept)
     return seen
 
 
 def _judge_projection(case: Arrays, evidence: Arrays) -> list[Finding]:
     criteria = ("ball", "box", "inside")
     for name in ("near", "far"):
-        if evidence[name].shape != case["x"].shape or not np.isfinite(evidence[name]).all():
-            hint = f"expected finite images of shape {case['x'].shape}, got shape {evidence[name].shape}"
+        if evidence[name].shape != case["x"].shape:
+            hint = f"expected images of shape {case['x'].shape}, got shape {evidence[name].shape}"
             return [Finding(criterion, "WRONG_SHAPE", hint) for criterion in criteria]
     eps, x, found = float(case["eps"]), case["x"].astype(np.float64), []
     change = np.abs(evidence["far"] - x).max()
@@ -93,7 +96,9 @@ def _judge_projection(case: Arrays, evidence: Arrays) -> list[Finding]:
                 f"a pixel is still {change:.3f} from its original; allowed is {eps:g}",
             )
         )
-    elif not np.allclose(evidence["far"], np.clip(np.clip(case["far"], x - eps, x + eps), 0, 1), atol=1e-6):
+    elif not np.allclose(
+        np.clip(evidence["far"], 0, 1), np.clip(np.clip(case["far"], x - eps, x + eps), 0, 1), atol=1e-6
+    ):
         found.append(
             Finding(
                 "ball",
@@ -111,12 +116,9 @@ def _judge_projection(case: Arrays, evidence: Arrays) -> list[Finding]:
                 "a point that is already allowed was moved; a projection leaves it alone",
             )
         )
-    if not (bool(evidence["near_kept"]) and bool(evidence["far_kept"])):
-        found.append(
-            Finding(
-                "inside", "INPUT_MODIFIED", "the candidate that you were given was changed; return a new one"
-            )
-        )
+    if not (evidence["near_kept"].item() and evidence["far_kept"].item()):
+        hint = "the images or the candidates that you were given were changed; return new ones"
+        found.append(Finding("inside", "INPUT_MODIFIED", hint))
     return found
 
 
@@ -130,6 +132,7 @@ def _draw_outcomes(seed: int) -> Arrays:
     generator = seeded(seed, "outcomes")
     correct = torch.rand(200, generator=generator) < 0.9
     fooled = torch.rand(3, 200, generator=generator) < torch.tensor([[0.3], [0.35], [0.25]])
+    correct[:4], fooled[:, :4] = False, False  # misclassified untouched, and by no candidate
     return {"correct": correct.numpy(), "fooled": fooled.numpy()}
 
 
@@ -175,6 +178,7 @@ ROBUST_ACCURACY = Contract(("worst_case", "clean_errors"), _draw_outcomes, _obse
 def _draw_counts(seed: int) -> Arrays:
     generator = seeded(seed, "counts")
     n = torch.randint(20, 2000, (6,), generator=generator)
+    n[0] = 20 + n[0] % 40  # small enough for every other interval to differ
     k = (n * (0.05 + 0.9 * torch.rand(6, generator=generator))).long()
     return {"k": k.numpy(), "n": n.numpy()}
 
@@ -189,23 +193,22 @@ def _observe_interval(interval: Any, case: Arrays) -> Arrays:
 
 def _judge_interval(case: Arrays, evidence: Arrays) -> list[Finding]:
     inner = np.array([Interval(int(k), int(n)).bounds for k, n in zip(case["k"], case["n"], strict=True)])
-    edges = np.array([Interval(0, 50).bounds, Interval(50, 50).bounds])
-    found = []
-    if evidence["inner"].shape != inner.shape or not np.allclose(evidence["inner"], inner, atol=5e-4):
+    got, edges, found = evidence["inner"], evidence["edges"], []
+    if got.shape != inner.shape or edges.shape != (2, 2):
+        hint = "expected the lower and the upper bound, and nothing else"
+        return [Finding(criterion, "WRONG_SHAPE", hint) for criterion in ("value", "edges")]
+    if not np.allclose(got, inner, rtol=0, atol=5e-4):
         p = case["k"] / case["n"]
         wald = 1.96 * np.sqrt(p * (1 - p) / case["n"])
         code, hint = "WRONG_INTERVAL", "the bounds are not those of the 95 % Wilson interval"
-        if evidence["inner"].shape == inner.shape and np.allclose(
-            evidence["inner"][:, 1] - p, wald, atol=5e-4
-        ):
+        if np.allclose(got[:, 1], np.minimum(p + wald, 1), rtol=0, atol=5e-4):
             code, hint = "NORMAL_INTERVAL", "this is the normal interval; it fails near 0 % and 100 %"
         found.append(Finding("value", code, hint))
-    if evidence["edges"].shape != edges.shape or not np.allclose(evidence["edges"], edges, atol=5e-4):
-        found.append(
-            Finding(
-                "edges", "EDGE_CASES", "0 of 50 and 50 of 50 still leave doubt; the interval has width there"
-            )
-        )
+    # Any honest interval for 0 of 50 runs from 0 to somewhere above it, and the other way round.
+    outer, width = np.abs([edges[0, 0], edges[1, 1] - 1]), edges[:, 1] - edges[:, 0]
+    if (outer > 1e-6).any() or (width < 0.03).any() or (width > 0.2).any():
+        hint = "0 of 50 and 50 of 50 still leave doubt; the interval has width there, and stays inside [0, 1]"
+        found.append(Finding("edges", "EDGE_CASES", hint))
     return found
 
 
@@ -254,7 +257,9 @@ def _judge_curve(case: Arrays, evidence: Arrays) -> list[Finding]:
             )
         )
     if np.abs(counts[1:] - expected[1:]).max() > 1:  # one image may lie on the boundary
-        if (counts[1:] >= expected[1:]).all() and counts[0] == expected[0]:
+        if (counts == expected[0]).all():
+            reason = "ATTACK_IGNORED", "the counts do not change with eps: which images are classified?"
+        elif (counts[1:] >= expected[1:]).all() and counts[0] == expected[0]:
             reason = (
                 "CLEAN_ERRORS_COUNTED",
                 "an image that is misclassified untouched is counted as robust under attack",
@@ -272,13 +277,13 @@ CURVE = Contract(("counts", "clean"), draw_linear, _observe_curve, _judge_curve)
 
 LABEL_LEAKING, MASKED_GRADIENTS = "LABEL_LEAKING", "MASKED_GRADIENTS"
 
-# clean, FGSM, PGD accuracy -> alarms. Drawn so that no value is near a threshold.
-_ALARM_RULES = {
-    "leaking": (MASKED_GRADIENTS, LABEL_LEAKING),
-    "masked": (MASKED_GRADIENTS,),
-    "honest": (),
-    "undefended": (),
-}
+# Rows of clean, FGSM and PGD accuracy come in this order. Drawn so that no value is near a threshold.
+_ALARM_RULES: tuple[frozenset[str], ...] = (
+    frozenset({MASKED_GRADIENTS, LABEL_LEAKING}),  # leaking
+    frozenset({MASKED_GRADIENTS}),  # masked
+    frozenset(),  # honest
+    frozenset(),  # undefended
+)
 
 
 def _draw_alarms(seed: int) -> Arrays:
@@ -307,19 +312,23 @@ def _observe_alarms(alarms: Any, case: Arrays) -> Arrays:
 
 
 def _judge_alarms(case: Arrays, evidence: Arrays) -> list[Finding]:
-    answers = untext(evidence["alarms"])
-    criteria = {"leaking": "leaking", "masked": "masked", "honest": "quiet", "undefended": "quiet"}
-    found: dict[str, Finding] = {}
-    for i, row in enumerate(case["accuracies"]):
-        kind = list(_ALARM_RULES)[i % len(_ALARM_RULES)]
-        expected = sorted(_ALARM_RULES[kind])
-        if answers[i] != expected and criteria[kind] not in found:
-            shown = f"clean {row[0]:.2f}, FGSM {row[1]:.2f}, PGD {row[2]:.2f}"
-            code = "FALSE_ALARM" if len(answers[i]) > len(expected) else "MISSED_ALARM"
-            found[criteria[kind]] = Finding(
-                criteria[kind], code, f"{shown}: you answer {answers[i] or 'no alarm'}"
-            )
-    return list(found.values())
+    answers, found = untext(evidence["alarms"]), {}
+    rules = itertools.cycle(_ALARM_RULES)
+    for row, expected, answer in zip(case["accuracies"], rules, answers, strict=False):
+        if not isinstance(answer, list):
+            raise TypeError("alarms are lists of names")
+        missed, false = expected - set(answer), set(answer) - expected
+        shown = f"clean {row[0]:.2f}, FGSM {row[1]:.2f}, PGD {row[2]:.2f}: you answer {answer or 'no alarm'}"
+        for criterion, alarm in (("leaking", LABEL_LEAKING), ("masked", MASKED_GRADIENTS)):
+            if alarm in missed:
+                found[criterion, "MISSED_ALARM"] = shown
+            elif alarm in false and expected:
+                found[criterion, "FALSE_ALARM"] = shown
+        if (false and not expected) or false - {LABEL_LEAKING, MASKED_GRADIENTS}:
+            found["quiet", "FALSE_ALARM"] = shown
+    if len(answers) != len(case["accuracies"]):
+        raise ValueError("one answer for each row")
+    return [Finding(criterion, code, shown) for (criterion, code), shown in found.items()]
 
 
 ALARMS = Contract(("leaking", "masked", "quiet"), _draw_alarms, _observe_alarms, _judge_alarms)
@@ -379,6 +388,10 @@ def _is_share(value: object) -> bool:
     )
 
 
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
 def _judge_statement(case: Arrays, evidence: Arrays) -> list[Finding]:
     value = untext(evidence["value"])
     if not isinstance(value, dict):
@@ -393,17 +406,18 @@ def _judge_statement(case: Arrays, evidence: Arrays) -> list[Finding]:
             value["norm"] != "Linf" or value["eps"] != 0.3,
             "this lesson's ball is Linf with eps 0.3, in input units",
         ),
-        (list(value["input_range"]) != [0, 1], "images lie in [0, 1]"),
+        (value["input_range"] != [0, 1], "images lie in [0, 1]"),
         (value["knowledge"] not in KNOWLEDGE, f"knowledge is one of {', '.join(KNOWLEDGE)}"),
         (value["goal"] not in GOALS, f"goal is one of {', '.join(GOALS)}"),
         (
             value["knowledge"] != "white-box",
-            "an attack that uses the model's gradient is not limited to queries",
+            "an attack that uses the model's gradient knows more than that",
         ),
         (
-            not (isinstance(value["n"], int) and value["n"] >= 1),
-            "n is the number of images that were attacked",
+            not (value["queries"] is None or _is_count(value["queries"])),
+            "queries is None, no limit, or the number allowed for each image",
         ),
+        (not _is_count(value["n"]), "n is the number of images that were attacked"),
         (not _is_share(value["robust_accuracy"]), "robust_accuracy is a share between 0 and 1"),
         (
             not (
@@ -417,6 +431,11 @@ def _judge_statement(case: Arrays, evidence: Arrays) -> list[Finding]:
             "interval holds the two bounds around robust_accuracy",
         ),
     ]
+    if not any(bad for bad, _ in problems):
+        share, n = value["robust_accuracy"], value["n"]
+        off = np.abs(np.subtract(interval, Interval(round(share * n), n).bounds)).max()
+        hint = f"interval is not the 95 % interval of {share} over {n} images"
+        problems.append((bool(off > max(0.01, 1 / n)), hint))
     wrong = next((hint for bad, hint in problems if bad), None)
     return [] if wrong is None else [Finding("consistent", "STATEMENT_INCONSISTENT", wrong)]
 

@@ -18,6 +18,7 @@ from robustkit.attacks import fgsm, pgd
 from robustkit.contracts.base import Arrays, Contract, Finding, text, untext
 from robustkit.data import load
 from robustkit.device import seeded, strict_fp32, tier
+from robustkit.losses import cross_entropy, margin
 from robustkit.models import mnist_cnn
 from robustkit.results import Interval
 from robustkit.threat import Ball
@@ -31,13 +32,11 @@ N_REPORT = {
 }  # test images, the first n, that a learner reports on
 N_JUDGED = {"smoke": 200, "standard": 500, "full": 1000}
 
-# Lowest share that the lower bound of the 95 % interval must reach, by tier. The embedded digits are
-# another, harder data set at eps 0.3, and have marks of their own.
-EMBEDDED = "embedded"
-CLEAN_MARK = {EMBEDDED: 0.80, "smoke": 0.80, "standard": 0.96, "full": 0.96}
-ROBUST_CLEAN_MARK = {EMBEDDED: 0.50, "smoke": 0.80, "standard": 0.96, "full": 0.96}
-PGD_HALF_MARK = {EMBEDDED: 0.03, "smoke": 0.25, "standard": 0.60, "full": 0.60}
-PGD_FULL_MARK = {EMBEDDED: 0.05, "smoke": 0.35, "standard": 0.83, "full": 0.85}
+# Lowest share that the lower bound of the 95 % interval must reach, by tier.
+CLEAN_MARK = {"smoke": 0.80, "standard": 0.96, "full": 0.96}
+ROBUST_CLEAN_MARK = {"smoke": 0.80, "standard": 0.96, "full": 0.96}
+PGD_HALF_MARK = {"smoke": 0.25, "standard": 0.60, "full": 0.60}
+PGD_FULL_MARK = {"smoke": 0.35, "standard": 0.83, "full": 0.85}
 
 
 def _draw(seed: int) -> Arrays:
@@ -45,18 +44,18 @@ def _draw(seed: int) -> Arrays:
     return {"seed": np.int64(seed), "tier": text(tier())}
 
 
-def _first_images(level: str) -> tuple[Tensor, Tensor, str]:
-    """The test images that a learner reports on, and the row of the marks that applies to them."""
+def _first_images(level: str) -> tuple[Tensor, Tensor]:
+    """The test images that a learner reports on."""
     data = load("mnist", "test")
-    n = N_REPORT[level]
-    return data.x[:n], data.y[:n], level if data.provenance.exact else EMBEDDED
+    return data.x[: N_REPORT[level]], data.y[: N_REPORT[level]]
 
 
-def _judged_images(case: Arrays) -> tuple[Tensor, Tensor, str]:
-    """A random part of the test set, by the case's seed, and the row of the marks that applies."""
-    data, level = load("mnist", "test"), untext(case["tier"])
-    chosen = torch.randperm(len(data), generator=seeded(int(case["seed"]), "judged"))[: N_JUDGED[level]]
-    return data.x[chosen], data.y[chosen], level if data.provenance.exact else EMBEDDED
+def _judged_images(case: Arrays) -> tuple[Tensor, Tensor]:
+    """A random part of the test set, by the case's seed."""
+    data = load("mnist", "test")
+    chosen = torch.randperm(len(data), generator=seeded(int(case["seed"]), "judged"))
+    chosen = chosen[: N_JUDGED[untext(case["tier"])]]
+    return data.x[chosen], data.y[chosen]
 
 
 def _weights(model: Any) -> Arrays:
@@ -65,17 +64,22 @@ def _weights(model: Any) -> Arrays:
     return {f"weights.{name}": value.detach().cpu().numpy() for name, value in model.state_dict().items()}
 
 
-def _rebuild(evidence: Arrays) -> nn.Module:
-    """The course's CNN with the submitted weights; ValueError when they are not its weights."""
+def _rebuild(evidence: Arrays) -> nn.Module | None:
+    """The course's CNN with the submitted weights; None when they are not its weights."""
     model = mnist_cnn()
-    state = {}
-    for name, value in model.state_dict().items():
-        array = evidence[f"weights.{name}"]
-        if array.shape != tuple(value.shape) or array.dtype != np.float32 or not np.isfinite(array).all():
-            raise ValueError(name)
-        state[name] = torch.from_numpy(array)
-    model.load_state_dict(state)
+    state = {key.removeprefix("weights."): a for key, a in evidence.items() if key.startswith("weights.")}
+    expected = {name: (tuple(value.shape), np.float32) for name, value in model.state_dict().items()}
+    if {name: (array.shape, array.dtype) for name, array in state.items()} != expected:
+        return None
+    model.load_state_dict({name: torch.from_numpy(array) for name, array in state.items()})
     return model.eval()
+
+
+def _other_architecture(criteria: tuple[str, ...]) -> list[Finding]:
+    hint = (
+        "these are not the weights of robustkit.models.mnist_cnn, in float32: keep the lesson's architecture"
+    )
+    return [Finding(criterion, "WRONG_ARCHITECTURE", hint) for criterion in criteria]
 
 
 def _correct(
@@ -105,11 +109,15 @@ def _observe_report(subject: Any, case: Arrays) -> Arrays:
 
 def _judge_report(case: Arrays, evidence: Arrays) -> list[Finding]:
     model, report = _rebuild(evidence), evidence["report"]
-    x, y, level = _first_images(untext(case["tier"]))
+    if model is None:
+        return _other_architecture(_REPORT)
     if report.shape != (3, 3) or not np.allclose(report[:, 0], EPSILONS):
+        # The model alone earns nothing: an untouched notebook trains it too.
         return [
             Finding(c, "REPORT_INCOMPLETE", "report (k, n) for each of eps 0.1, 0.2, 0.3") for c in _REPORT
         ]
+    level = untext(case["tier"])
+    x, y = _first_images(level)
     found = []
     clean = _share(_correct(model, x, y))
     if clean.low < CLEAN_MARK[level]:
@@ -149,14 +157,18 @@ def _observe_model(model: Any, case: Arrays) -> Arrays:
 
 def _judge_robust_model(case: Arrays, evidence: Arrays) -> list[Finding]:
     model, seed = _rebuild(evidence), int(case["seed"])
-    x, y, level = _judged_images(case)
-    clean_right = _correct(model, x, y)
-    attack = partial(pgd, steps=40, step_size=0.02, restarts=2, generator=seeded(seed, "judge"))
-    robust = _share(clean_right & _correct(model, x, y, lambda a, b: attack(model, a, b, BALL)))
-    clean, one_step = (
-        _share(clean_right),
-        _share(clean_right & _correct(model, x, y, lambda a, b: fgsm(model, a, b, BALL))),
-    )
+    if model is None:
+        return _other_architecture(_ROBUST)
+    level = untext(case["tier"])
+    x, y = _judged_images(case)
+    right = _correct(model, x, y)
+    clean = _share(right)
+    one_step = _share(right & _correct(model, x, y, lambda a, b: fgsm(model, a, b, BALL)))
+    # Cross-entropy's gradient underflows to zero on large logits, which then look robust; the margin's does not.
+    for loss in (cross_entropy, margin):
+        attack = partial(pgd, steps=40, step_size=0.02, loss=loss, generator=seeded(seed, "judge"))
+        right &= _correct(model, x, y, lambda a, b, attack=attack: attack(model, a, b, BALL))  # type: ignore[misc]
+    robust = _share(right)
     found = []
     if clean.low < ROBUST_CLEAN_MARK[level]:
         found.append(
@@ -168,7 +180,7 @@ def _judge_robust_model(case: Arrays, evidence: Arrays) -> list[Finding]:
         )
     masked = one_step.share - robust.share > 0.2
     code = "MASKED_GRADIENTS" if masked else "NOT_ROBUST"
-    hint = f"under PGD-40x2 at eps 0.3 it keeps {robust}"
+    hint = f"under PGD-40, on two losses, at eps 0.3 it keeps {robust}"
     if masked:
         hint += f", under FGSM {one_step}: the one-step figure was an illusion"
     for criterion, mark in (("pgd_half", PGD_HALF_MARK[level]), ("pgd_full", PGD_FULL_MARK[level])):
@@ -177,4 +189,5 @@ def _judge_robust_model(case: Arrays, evidence: Arrays) -> list[Finding]:
     return found
 
 
-ROBUST_MODEL = Contract(("clean", "pgd_half", "pgd_full"), _draw, _observe_model, _judge_robust_model)
+_ROBUST = ("clean", "pgd_half", "pgd_full")
+ROBUST_MODEL = Contract(_ROBUST, _draw, _observe_model, _judge_robust_model)

@@ -15,16 +15,14 @@ from torch import Tensor, nn
 from robustkit.contracts.base import Array, Arrays
 from robustkit.device import seeded
 
-EPS = 0.1
 SHAPE = (1, 6, 6)
 _FLIPPED = 8  # examples whose given label is not the model's: an attack must use the given one
 
 
 class LinearOracle(nn.Module):
-    """The linear model above; it counts its gradient passes and notes the mode of every forward pass.
+    """The linear model above; it notes the mode of every forward pass.
 
-    Dropout makes train mode a different, random model. The child layer can be in another mode than the
-    root, which is how an attack that does not restore modes one by one is noticed.
+    Dropout makes train mode a different, random model.
     """
 
     def __init__(self, w: Tensor, b: float, dropout: float = 0.5) -> None:
@@ -32,24 +30,31 @@ class LinearOracle(nn.Module):
         self.w = nn.Parameter(w.clone())
         self.b = nn.Parameter(torch.tensor(b))
         self.drop = nn.Dropout(dropout)
-        self.gradients = 0
         self.forwards: list[bool] = []
 
     def forward(self, x: Tensor) -> Tensor:
         self.forwards.append(self.drop.training)
         z = self.drop(x - 0.5).flatten(1) @ self.w + self.b
-        logits = torch.stack([-z, z], 1)
-        if logits.requires_grad:
-            logits.register_hook(self._count)
-        return logits
+        return torch.stack([-z, z], 1)
 
-    def _count(self, gradient: Tensor) -> None:
-        self.gradients += 1
+
+class ValleyOracle(LinearOracle):
+    """z = <|w|, |x - 0.5|> + b: its gradient turns where a pixel crosses 0.5.
+
+    On the linear model the gradient is the same everywhere; here it tells where it was taken.
+    """
+
+    def __init__(self, w: Tensor, b: float) -> None:
+        super().__init__(w.abs(), b)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(0.5 + (x - 0.5).abs())
 
 
 def draw_linear(seed: int) -> Arrays:
-    """Weights, an interior batch whose margins spread around EPS, and a batch in the box's corners."""
+    """Weights, an eps, and three batches: margins spread around eps, corners of the box, near 0.5."""
     generator = seeded(seed, "linear oracle")
+    eps = round(0.06 + 0.06 * torch.rand((), generator=generator).item(), 3)
     dimension = int(np.prod(SHAPE))
     magnitude = 0.05 + 0.2 * torch.rand(dimension, generator=generator)
     w = magnitude * torch.where(torch.rand(dimension, generator=generator) < 0.5, -1.0, 1.0)
@@ -62,19 +67,31 @@ def draw_linear(seed: int) -> Arrays:
     y[:_FLIPPED] = 1 - y[:_FLIPPED]
     corners = (torch.rand(16, dimension, generator=generator) < 0.5).float()
     corner_labels = ((corners - 0.5) @ w + b > 0).long()
+    valley = 0.5 + 0.2 * eps * (2 * torch.rand(16, dimension, generator=generator) - 1)
     return {
         "w": w.numpy(),
         "b": np.float32(b.item()),
-        "eps": np.float32(EPS),
+        "eps": np.float64(eps),
         "x": x.view(n, *SHAPE).numpy(),
         "y": y.numpy(),
         "corner_x": corners.view(-1, *SHAPE).numpy(),
         "corner_y": corner_labels.numpy(),
+        "valley_x": valley.view(-1, *SHAPE).numpy(),
+        "valley_y": np.arange(16) % 2,
     }
 
 
 def oracle(case: Arrays, dropout: float = 0.5) -> LinearOracle:
     return LinearOracle(torch.from_numpy(case["w"]), float(case["b"]), dropout)
+
+
+def valley_oracle(case: Arrays) -> ValleyOracle:
+    return ValleyOracle(torch.from_numpy(case["w"]), float(case["b"]))
+
+
+def flat_oracle(case: Arrays) -> LinearOracle:
+    """A model without a gradient: an attack stays where it started."""
+    return LinearOracle(torch.zeros_like(torch.from_numpy(case["w"])), float(case["b"]))
 
 
 def z(case: Arrays, x: Array) -> Array:
@@ -106,4 +123,4 @@ def adversarial_cross_entropy(case: Arrays, candidate: Array) -> tuple[float, Te
     score = (flat - 0.5) @ w + b
     loss = F.cross_entropy(torch.stack([-score, score], 1), torch.from_numpy(case["y"]))
     gradient_w, gradient_b = torch.autograd.grad(loss, [w, b])
-    return float(loss), gradient_w, gradient_b
+    return loss.item(), gradient_w, gradient_b
