@@ -253,7 +253,7 @@ def examine(seconds: float = BENCHMARK_SECONDS) -> Diagnosis:
         load=round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         precision=_precision(device),
         data=sources,
-        cache=str(cache_folder),
+        cache=_shown(cache_folder),
         free_bytes=free,
         programs={"chromium": _which(CHROMIUMS), "bubblewrap": _which(("bwrap",))},
         passes_per_second=round(speed),
@@ -382,6 +382,12 @@ def _source(name: str) -> str | None:
         instead = "; without a network, the embedded digits: NOT MNIST" if name == "mnist" else ""
         return f"would be downloaded at the first use{instead}"
     return None
+
+
+def _shown(folder: Path) -> str:
+    """The path, with the home folder as ~: this output stands in notebooks that travel."""
+    home = Path.home()
+    return f"~/{folder.relative_to(home)}" if folder.is_relative_to(home) else str(folder)
 
 
 def _disk(problems: list[Problem]) -> tuple[Path, int]:
