@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from grading import gradebook, leaks, notebooks, pipeline
 from grading.preprocessors import CANARY_KEY
-from grading.records import Records, read_records
+from grading.records import Records
 from grading.score import score
 from grading.workspace import DEMO_SECRET, Workspace
 from robustkit.errors import RobustkitError
@@ -264,11 +264,9 @@ def _check_untouched(aside: Workspace, lesson: Lesson) -> list[str]:
 
 
 def _assess(aside: Workspace, lesson: Lesson, notebook: Path, student: str) -> Records:
-    """Run and judge in processes of their own: the jobs of a check run side by side."""
+    """In processes of their own: the jobs of a check run side by side."""
     folder = aside.hop(student, lesson.id)
-    pipeline.run_aside(notebook, lesson, aside.release(lesson.id), folder / "evidence", student, aside.secret)
-    pipeline.judge_aside(folder / "evidence", folder / "records.json", aside.secret)
-    return read_records(folder / "records.json")
+    return pipeline.assess_aside(notebook, lesson, aside.release(lesson.id), folder, student, aside.secret)
 
 
 def _check_invert(aside: Workspace, lesson: Lesson) -> list[str]:

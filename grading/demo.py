@@ -9,6 +9,7 @@ import re
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,23 +54,19 @@ def demo(out: Path) -> list[Line]:
     lesson = LESSONS[LESSON]
     _say(f"1/4 building {LESSON} for learners")
     build.build(workspace, [LESSON])
-    _say("2/4 executing and judging the reference solution")
-    verdicts = pipeline.assess(
-        workspace.source(LESSON),
-        lesson,
-        workspace.release(LESSON),
-        out / "reference",
-        REFERENCE,
-        workspace.secret,
-        Settings(),
-    )
-    reference = score(verdicts, {})
-    _say("3/4 grading four submissions")
     for student, notebook in submissions(workspace).items():
         path = workspace.submission(student, LESSON)
         path.parent.mkdir(parents=True)
         nbformat.write(notebook, path)
-    graded = grade.grade(workspace, [LESSON], Settings())
+    _say("2/4 executing and judging the reference solution, meanwhile")
+    _say("3/4 grading four submissions")
+    with ThreadPoolExecutor(1) as meanwhile:
+        source, release = workspace.source(LESSON), workspace.release(LESSON)
+        checked = meanwhile.submit(
+            pipeline.assess_aside, source, lesson, release, out / "reference", REFERENCE, workspace.secret
+        )
+        graded = grade.grade(workspace, [LESSON], Settings())
+        reference = score(checked.result(), {})
     _say("4/4 writing the class report and the grades")
     class_report.write_page(grade.scorecards(workspace), out / "class.html")
     export.write_csv(gradebook.rows(workspace), out / "grades.csv")

@@ -84,9 +84,10 @@ def grade_one(workspace: Workspace, lesson_id: str, student: str, settings: Sett
         return Graded(student, lesson_id, card, str(error))
     try:
         gradebook.autograde(workspace, lesson_id, student, settings)
-        return Graded(
-            student, lesson_id, read_scorecard(workspace.hop(student, lesson_id) / "scorecard.json"), ""
-        )
+        verdicts = records.read_records(workspace.hop(student, lesson_id) / "records.json")
+        # Only now does the gradebook know which written answers were left empty.
+        marks = gradebook.manual_marks(workspace, student, lesson_id)
+        return Graded(student, lesson_id, pipeline.conclude(workspace, verdicts, marks), "")
     except RobustkitError as error:  # ours, not the learner's: no points are written, nothing is lost
         return Graded(student, lesson_id, None, f"{error} Grade it again.")
 

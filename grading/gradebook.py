@@ -22,6 +22,7 @@ from traitlets.config import Config
 from grading.pipeline import Settings
 from grading.workspace import Workspace
 from robustkit.errors import RobustkitError
+from robustkit.lessons import LESSONS
 
 COURSE_ID = "robustkit"
 
@@ -151,7 +152,7 @@ def record_refusal(workspace: Workspace, lesson: str, student: str) -> None:
 
 
 def manual_marks(workspace: Workspace, student: str, lesson: str) -> Mapping[str, float]:
-    """The points that a marker gave in formgrader, by grade_id."""
+    """The points that a marker gave in formgrader, by grade_id; 0 for a written answer that was left empty."""
     if not workspace.gradebook.exists():
         return {}
     with Gradebook(_url(workspace.gradebook), COURSE_ID) as book:
@@ -159,12 +160,11 @@ def manual_marks(workspace: Workspace, student: str, lesson: str) -> Mapping[str
             submission = book.find_submission(lesson, student)
         except MissingEntry:
             return {}
-        return {
-            grade.name: float(grade.manual_score)
-            for notebook in submission.notebooks
-            for grade in notebook.grades
-            if grade.manual_score is not None
-        }
+        grades = [grade for notebook in submission.notebooks for grade in notebook.grades]
+        written = {answer.id for answer in LESSONS[lesson].written}
+        empty = {grade.name: 0.0 for grade in grades if grade.name in written and grade.auto_score == 0}
+        given = {grade.name: float(grade.manual_score) for grade in grades if grade.manual_score is not None}
+        return empty | given
 
 
 def rows(workspace: Workspace) -> list[Row]:

@@ -47,10 +47,15 @@ def assess(
     return records.read_records(into / "records.json")
 
 
-def run_aside(notebook: Path, lesson: Lesson, release: Path, into: Path, student: str, secret: Path) -> None:
-    """`run` in a fresh process, in the smoke tier. Raises: RobustkitError with its sentence."""
-    arguments: list[str | Path] = [notebook.resolve(), "-o", into.resolve(), "--release", release.resolve()]
-    _hop("run", *arguments, "--lesson", lesson.id, "--student", student, "--secret", secret.resolve())
+def assess_aside(
+    notebook: Path, lesson: Lesson, release: Path, into: Path, student: str, secret: Path
+) -> records.Records:
+    """As `assess`, in the smoke tier, with the run in a fresh process too: several can go side by side."""
+    arguments: list[str | Path] = [notebook.resolve(), "-o", (into / "evidence").resolve()]
+    arguments += ["--release", release.resolve(), "--secret", secret.resolve()]
+    _hop("run", *arguments, "--lesson", lesson.id, "--student", student)
+    judge_aside(into / "evidence", into / "records.json", secret)
+    return records.read_records(into / "records.json")
 
 
 def judge_aside(evidence: Path, into: Path, secret: Path) -> None:

@@ -18,7 +18,7 @@ from nbformat import NotebookNode
 from nbgrader.api import Gradebook
 from nbgrader.preprocessors import SaveAutoGrades
 from nbgrader.preprocessors.base import NbGraderPreprocessor
-from nbgrader.utils import is_solution
+from nbgrader.utils import is_solution, is_task
 from traitlets import Float, Unicode
 
 from grading import feedback, notebooks, pipeline
@@ -107,14 +107,19 @@ class SaveJudgedGrades(SaveAutoGrades):
             super()._add_score(
                 cell, resources
             )  # a written answer: nbgrader asks for a marker, or sees no response
-            if not metadata["points"]:
-                self._settle(metadata["grade_id"], 0.0)
             return
         card: Scorecard = resources["scorecard"]
         judged = {exercise.id: exercise.judged for exercise in card.exercises}
         self._settle(
             metadata["grade_id"], min(judged.get(metadata["grade_id"], 0.0), float(metadata["points"]))
         )
+
+    def preprocess_cell(
+        self, cell: NotebookNode, resources: Resources, cell_index: int
+    ) -> tuple[NotebookNode, Resources]:
+        if is_task(cell) and not cell.metadata["nbgrader"]["points"]:
+            self._settle(cell.metadata["nbgrader"]["grade_id"], 0.0)  # a rubric: nothing to mark
+        return super().preprocess_cell(cell, resources, cell_index)
 
     def _settle(self, grade_id: str, points: float) -> None:
         """Points that need no marker; a marker's own stay, and are looked at again as nbgrader does."""

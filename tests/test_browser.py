@@ -22,9 +22,9 @@ CHROMIUM = shutil.which("chromium")
 QUIET = ("--no-sandbox", "--disable-gpu")
 OFFLINE = ("--disable-background-networking", "--disable-component-update", "--disable-sync")
 SHOTS = ROOT / "screenshots"
-NOTHING_RUNS = """() => {
-    const prompts = [...document.querySelectorAll(".jp-CodeCell .jp-InputPrompt")];
-    return prompts.length > 0 && !prompts.some(prompt => prompt.textContent.includes("*"));
+HAS_RUN = """(index) => {
+    const prompt = document.querySelector(`.jp-CodeCell[data-windowed-list-index="${index}"] .jp-InputPrompt`);
+    return prompt !== null && /\\[\\d+\\]/.test(prompt.textContent);
 }"""
 
 pytestmark = [
@@ -43,7 +43,7 @@ def workspace(tmp_path_factory):
     small.author(workspace, small.WRITTEN, small.written_notebook())
     build.build(workspace, [small.WRITTEN])
     release = nbformat.read(workspace.release(small.WRITTEN), as_version=4)
-    answer = {"s1_judgement_answer": "The slide names no norm.", "s1_predict": small.PREDICTION}
+    answer = {"s1_judgement": "The slide names no norm.", "s1_predict": small.PREDICTION}
     small.hand_in(workspace, "essayist", small.filled(release, answer), small.WRITTEN)
     grade.grade(workspace, [small.WRITTEN], Settings())
     return workspace
@@ -121,12 +121,16 @@ def page():
 
 def run_up_to(page, notebook, grade_id):
     """Run the notebook's cells one by one, as with Shift+Enter, up to the one with this nbgrader id."""
-    page.wait_for_selector(".jp-Notebook .jp-Cell")
+    active = '.jp-Cell.jp-mod-active[data-windowed-list-index="{}"]'
     page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status='idle']")
-    page.locator(".jp-Notebook .jp-MarkdownCell").first.click()
-    for cell in notebook.cells:
+    page.wait_for_selector('.jp-Cell[data-windowed-list-index="2"]')  # at first only one cell is drawn
+    page.locator(".jp-Notebook .jp-Cell").first.click()
+    page.wait_for_selector(active.format(0))
+    for index, cell in enumerate(notebook.cells):
         page.keyboard.press("Shift+Enter")
-        page.wait_for_function(NOTHING_RUNS)
+        page.wait_for_selector(active.format(index + 1))
+        if cell.cell_type == "code":  # one after the other: a cell that fails takes the queue with it
+            page.wait_for_function(HAS_RUN, arg=index)
         if cell.metadata.get("nbgrader", {}).get("grade_id") == grade_id:
             return
     raise AssertionError(f"the release has no cell {grade_id}")

@@ -167,8 +167,9 @@ def essay(tmp_path_factory):
     small.author(workspace, small.WRITTEN, small.written_notebook())
     build.build(workspace, [small.WRITTEN])
     release = nbformat.read(workspace.release(small.WRITTEN), as_version=4)
-    answer = {"s1_judgement_answer": "It names no norm.", "s1_predict": small.PREDICTION}
+    answer = {"s1_judgement": "It names no norm.", "s1_predict": small.PREDICTION}
     small.hand_in(workspace, "essayist", small.filled(release, answer), small.WRITTEN)
+    small.hand_in(workspace, "silent", release, small.WRITTEN)
     grade.grade(workspace, [small.WRITTEN], SETTINGS)
     return workspace
 
@@ -181,9 +182,8 @@ def mark(workspace, points):
         book.db.commit()
 
 
-def row_of(workspace):
-    (row,) = gradebook.rows(workspace)
-    return row
+def row_of(workspace, student="essayist"):
+    return next(row for row in gradebook.rows(workspace) if row.student == student)
 
 
 def test_mark_scheme_is_for_markers_alone(essay):
@@ -203,13 +203,26 @@ def test_written_answer_waits_for_a_marker_and_keeps_the_mark(essay):
     mark(essay, 7.5)
     assert (row_of(essay).points, row_of(essay).needs_marking) == (8.5, False)
 
-    (replayed,) = grade.regrade(essay)
+    replayed, _ = grade.regrade(essay)
     assert (replayed.card.points, replayed.card.pending) == (8.5, ())
     assert "8.5 of 50" in essay.page("essayist", small.WRITTEN).read_text()
 
-    (again,) = grade.grade(essay, [small.WRITTEN], SETTINGS)
+    again, _ = grade.grade(essay, [small.WRITTEN], SETTINGS)
     assert again.card.points == 8.5
     assert row_of(essay).points == 8.5
+
+
+def test_answer_left_empty_needs_no_marker(essay):
+    assert (row_of(essay, "silent").points, row_of(essay, "silent").needs_marking) == (0, False)
+    card = read_scorecard(essay.hop("silent", small.WRITTEN) / "scorecard.json")
+    assert (card.pending, card.points) == ((), 0)
+
+
+def test_untouched_written_answer_is_accepted_by_nbgraders_own_check(essay):
+    """`validate --invert` takes a graded cell worth nothing for one that passes."""
+    command = [sys.executable, "-m", "nbgrader", "validate", "--invert", str(essay.release(small.WRITTEN))]
+    done = subprocess.run(command, cwd=essay.course, capture_output=True, text=True, check=False)
+    assert "Success" in done.stdout
 
 
 def test_formgraders_feedback_is_the_learners_page(essay):
