@@ -230,20 +230,26 @@ def _environment(work: Path, tier: str) -> dict[str, str]:
         os.environ.get("ROBUSTKIT_CACHE")
         or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "robustkit"
     )
-    return kept | {
-        "HOME": str(work),
-        "TMPDIR": str(work),
-        "IPYTHONDIR": str(work / ".ipython"),
-        "JUPYTER_CONFIG_DIR": str(work / ".jupyter"),
-        "MPLCONFIGDIR": str(work / ".matplotlib"),
-        "ROBUSTKIT_CACHE": str(Path(cache).expanduser().absolute()),
-        "ROBUSTKIT_TIER": tier,
-        "NBGRADER_EXECUTION": "autograde",
-        # A numpy.py beside the notebook must not shadow the library.
-        "PYTHONSAFEPATH": "1",
-        "PYTHONNOUSERSITE": "1",
-        "PYTHONDONTWRITEBYTECODE": "1",
-    }
+    # One thread each, unless told otherwise: torch's threads spin while they wait, and notebooks that
+    # run side by side with as many threads as cores then take many times as long.
+    return (
+        {"OMP_NUM_THREADS": "1"}
+        | kept
+        | {
+            "HOME": str(work),
+            "TMPDIR": str(work),
+            "IPYTHONDIR": str(work / ".ipython"),
+            "JUPYTER_CONFIG_DIR": str(work / ".jupyter"),
+            "MPLCONFIGDIR": str(work / ".matplotlib"),
+            "ROBUSTKIT_CACHE": str(Path(cache).expanduser().absolute()),
+            "ROBUSTKIT_TIER": tier,
+            "NBGRADER_EXECUTION": "autograde",
+            # A numpy.py beside the notebook must not shadow the library.
+            "PYTHONSAFEPATH": "1",
+            "PYTHONNOUSERSITE": "1",
+            "PYTHONDONTWRITEBYTECODE": "1",
+        }
+    )
 
 
 class _Client(NotebookClient):
