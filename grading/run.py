@@ -45,7 +45,7 @@ _log.addHandler(logging.NullHandler())  # what nbclient reports is in the Run; a
 
 # What a learner's kernel may know of the grader's environment.
 _PASSED_ON = (
-    *("PATH", "LANG", "LC_ALL", "TZ", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"),
+    *("PATH", "LANG", "LC_ALL", "TZ", "OMP_NUM_THREADS", "GOMP_SPINCOUNT", "CUDA_VISIBLE_DEVICES"),
     *("ROBUSTKIT_DATA", "ROBUSTKIT_OFFLINE"),
 )
 _SHOWN = ("text/plain", "image/png", "image/jpeg")  # output types that cannot act in a marker's browser
