@@ -284,7 +284,7 @@ def _speed(device: torch.device, seconds: float, problems: list[Problem]) -> flo
         problems.append(
             Problem(
                 f"{threads} threads are {alone / speed:.1f} times slower than one, because the processors are busy",
-                "set OMP_NUM_THREADS=1 before starting Jupyter or robustkit",
+                "set GOMP_SPINCOUNT=0, or OMP_NUM_THREADS=1, before starting Jupyter or robustkit",
                 essential=False,
             )
         )

@@ -101,7 +101,7 @@ def _observe_rs_fgsm(attack: Any, case: Arrays) -> Arrays:
         "valley": _candidates(seeded_call(1), case, "valley_", valley_oracle(case)),
         "start": _candidates(seeded_call(1), case, model=flat_oracle(case)),
         "same_seed": _candidates(seeded_call(1), case),
-        "other_seed": _candidates(seeded_call(2), case),
+        "other_start": _candidates(seeded_call(2), case, model=flat_oracle(case)),
         "left": text(_side_effects(seeded_call(1), case)),
     }
 
@@ -120,7 +120,7 @@ def _observe_pgd(attack: Any, case: Arrays) -> Arrays:
         "start": _candidates(short, case, model=flat_oracle(case)),
         "short": _candidates(short, case),
         "same_seed": _candidates(short, case),
-        "other_seed": _candidates(call(2, SHORT_STEPS, SHORT_STEP), case),
+        "other_start": _candidates(call(2, SHORT_STEPS, SHORT_STEP), case, model=flat_oracle(case)),
         "left": text(_side_effects(short, case)),
     }
 
@@ -151,13 +151,11 @@ def _observe_loss(loss_function: Any, case: Arrays) -> Arrays:
 # --- judge: findings from the record --------------------------------------------------------------
 
 
-def _unusable(case: Arrays, evidence: Arrays) -> tuple[str, str] | None:
+def _unusable(case: Arrays, evidence: Arrays, names: tuple[str, ...]) -> tuple[str, str] | None:
     """Why the candidates cannot be judged at all, or None."""
     eps = float(case["eps"])
-    for name, batch in _BATCHES.items():
-        if name not in evidence:
-            continue
-        candidate, x = evidence[name], case[batch]
+    for name in names:
+        candidate, x = evidence[name], case[_BATCH.get(name, "x")]
         if candidate.shape != x.shape:
             return "WRONG_SHAPE", f"candidates have shape {candidate.shape}, the batch has {x.shape}"
         if candidate.dtype != np.float32:
@@ -169,24 +167,16 @@ def _unusable(case: Arrays, evidence: Arrays) -> tuple[str, str] | None:
     return None
 
 
-# what was recorded -> the batch that it belongs to
-_BATCHES = {
-    "candidate": "x",
-    "corner": "corner_x",
-    "valley": "valley_x",
-    "start": "x",
-    "short": "x",
-    "same_seed": "x",
-    "other_seed": "x",
-}
+_BATCH = {"corner": "corner_x", "valley": "valley_x"}  # what was not recorded on the batch "x"
+_FGSM_RECORDS = ("candidate", "corner")
+_RS_FGSM_RECORDS = (*_FGSM_RECORDS, "valley", "start", "other_start", "same_seed")
+_PGD_RECORDS = (*_RS_FGSM_RECORDS, "short")
 
 
-def _inside(case: Arrays, evidence: Arrays) -> list[Finding]:
+def _inside(case: Arrays, evidence: Arrays, names: tuple[str, ...]) -> list[Finding]:
     """Ball and box, for everything that was recorded."""
     eps, found = float(case["eps"]), []
-    change = max(
-        float(np.abs(evidence[name] - case[x]).max()) for name, x in _BATCHES.items() if name in evidence
-    )
+    change = max(float(np.abs(evidence[name] - case[_BATCH.get(name, "x")]).max()) for name in names)
     if change > eps + TOLERANCE["Linf"]:
         found.append(
             Finding(
@@ -195,8 +185,8 @@ def _inside(case: Arrays, evidence: Arrays) -> list[Finding]:
                 f"the largest change of a pixel is {change:.3f}, allowed is {eps:g}",
             )
         )
-    low = min(float(evidence[name].min()) for name in _BATCHES if name in evidence)
-    high = max(float(evidence[name].max()) for name in _BATCHES if name in evidence)
+    low = min(float(evidence[name].min()) for name in names)
+    high = max(float(evidence[name].max()) for name in names)
     if low < 0 or high > 1:
         found.append(
             Finding("box", "BOX_VIOLATED", f"pixels reach [{low:.3f}, {high:.3f}]; images live in [0, 1]")
@@ -263,7 +253,7 @@ def _direction(case: Arrays, candidate: Array) -> tuple[str, str] | None:
     )
 
 
-def _start(case: Arrays, evidence: Arrays, first: str) -> list[Finding]:
+def _start(case: Arrays, evidence: Arrays) -> list[Finding]:
     """Judge where the attack starts: on the flat oracle it goes nowhere else."""
     start = (evidence["start"] - case["x"]).reshape(len(case["x"]), -1) / float(case["eps"])
     off = np.abs(np.sort(start, axis=None) - np.linspace(-1, 1, start.size)).max()
@@ -273,7 +263,7 @@ def _start(case: Arrays, evidence: Arrays, first: str) -> list[Finding]:
         reason = "START_NOT_UNIFORM", "the start is not uniform over the whole ball"
     elif min(start.std(0).min(), start.std(1).min()) < 0.3:
         reason = "START_NOT_UNIFORM", "images, or the pixels of an image, share their random start"
-    elif np.array_equal(evidence[first], evidence["other_seed"]):
+    elif np.array_equal(evidence["start"], evidence["other_start"]):
         reason = "SAME_FOR_EVERY_SEED", HINTS["SAME_FOR_EVERY_SEED"]
     else:
         return []
@@ -341,24 +331,26 @@ _LOSS = ("loss", "gradient", "modes")
 
 
 def _judge_fgsm(case: Arrays, evidence: Arrays) -> list[Finding]:
-    if reason := _unusable(case, evidence):
+    if reason := _unusable(case, evidence, _FGSM_RECORDS):
         return [Finding(criterion, *reason) for criterion in _FGSM]
-    found = _inside(case, evidence) + _hygiene(evidence)
+    found = _inside(case, evidence, _FGSM_RECORDS) + _hygiene(evidence)
     if reason := _direction(case, evidence["candidate"]):
         found.append(Finding("closed_form", *reason))
     return found
 
 
 def _judge_rs_fgsm(case: Arrays, evidence: Arrays) -> list[Finding]:
-    if reason := _unusable(case, evidence):
+    if reason := _unusable(case, evidence, _RS_FGSM_RECORDS):
         return [Finding(criterion, *reason) for criterion in _RS_FGSM]
-    start = _start(case, evidence, "candidate")
-    if not start and _start_clipped(case, evidence):
-        start = [Finding("start", "START_CLIPPED", HINTS["START_CLIPPED"])]
-    found = _inside(case, evidence) + _hygiene(evidence) + start
+    start = _start(case, evidence)
+    found = _inside(case, evidence, _RS_FGSM_RECORDS) + _hygiene(evidence) + start
     if not _reproducible(evidence, "candidate"):
         found.append(Finding("hygiene", "SEED_IGNORED", HINTS["SEED_IGNORED"]))
-    if reason := _travel(case, evidence, "candidate", RS_STEP):
+    reason = _travel(case, evidence, "candidate", RS_STEP)
+    # A longer step hides a clipped start, so that only a right one tells.
+    if not start and reason is None and _start_clipped(case, evidence):
+        found.append(Finding("start", "START_CLIPPED", HINTS["START_CLIPPED"]))
+    if reason is not None:
         found.append(Finding("step", *reason))
     elif _strays(case, evidence, arrives=False):
         found.append(Finding("step", "GRADIENT_ELSEWHERE", HINTS["GRADIENT_ELSEWHERE"]))
@@ -366,9 +358,9 @@ def _judge_rs_fgsm(case: Arrays, evidence: Arrays) -> list[Finding]:
 
 
 def _judge_pgd(case: Arrays, evidence: Arrays) -> list[Finding]:
-    if reason := _unusable(case, evidence):
+    if reason := _unusable(case, evidence, _PGD_RECORDS):
         return [Finding(criterion, *reason) for criterion in _PGD]
-    found = _inside(case, evidence) + _hygiene(evidence) + _start(case, evidence, "short")
+    found = _inside(case, evidence, _PGD_RECORDS) + _hygiene(evidence) + _start(case, evidence)
     if not _reproducible(evidence, "short"):
         found.append(Finding("hygiene", "SEED_IGNORED", HINTS["SEED_IGNORED"]))
     if reason := _direction(case, evidence["candidate"]):

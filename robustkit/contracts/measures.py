@@ -178,8 +178,9 @@ ROBUST_ACCURACY = Contract(("worst_case", "clean_errors"), _draw_outcomes, _obse
 def _draw_counts(seed: int) -> Arrays:
     generator = seeded(seed, "counts")
     n = torch.randint(20, 2000, (6,), generator=generator)
-    n[0] = 20 + n[0] % 40  # small enough for every other interval to differ
     k = (n * (0.05 + 0.9 * torch.rand(6, generator=generator))).long()
+    n[0] = 20 + n[0] % 40  # small and far from one half: there every other interval differs
+    k[0] = n[0] // 10
     return {"k": k.numpy(), "n": n.numpy()}
 
 
@@ -201,7 +202,7 @@ def _judge_interval(case: Arrays, evidence: Arrays) -> list[Finding]:
         p = case["k"] / case["n"]
         wald = 1.96 * np.sqrt(p * (1 - p) / case["n"])
         code, hint = "WRONG_INTERVAL", "the bounds are not those of the 95 % Wilson interval"
-        if np.allclose(got[:, 1], np.minimum(p + wald, 1), rtol=0, atol=5e-4):
+        if np.allclose(np.minimum(got[:, 1], 1), np.minimum(p + wald, 1), rtol=0, atol=5e-4):
             code, hint = "NORMAL_INTERVAL", "this is the normal interval; it fails near 0 % and 100 %"
         found.append(Finding("value", code, hint))
     # Any honest interval for 0 of 50 runs from 0 to somewhere above it, and the other way round.
@@ -249,13 +250,9 @@ def _judge_curve(case: Arrays, evidence: Arrays) -> list[Finding]:
         return [Finding(criterion, "SHARES_NOT_COUNTS", hint) for criterion in ("counts", "clean")]
     found = []
     if counts[0] != expected[0]:
-        found.append(
-            Finding(
-                "clean",
-                "CLEAN_ERRORS_COUNTED",
-                f"at eps 0 there are {counts[0]:g} robust images, but not so many are right",
-            )
-        )
+        code = "CLEAN_ERRORS_COUNTED" if counts[0] > expected[0] else "WRONG_COUNT"
+        hint = f"{counts[0]:g} is not the number of images that are classified right at eps 0"
+        found.append(Finding("clean", code, hint))
     if np.abs(counts[1:] - expected[1:]).max() > 1:  # one image may lie on the boundary
         if (counts == expected[0]).all():
             reason = "ATTACK_IGNORED", "the counts do not change with eps: which images are classified?"

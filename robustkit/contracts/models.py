@@ -90,7 +90,10 @@ def _correct(
     for images, labels in zip(x.split(250), y.split(250), strict=True):
         candidates = images if attack is None else attack(images, labels)
         with torch.no_grad(), strict_fp32():
-            right.append(model(candidates).argmax(1) == labels)
+            logits = model(candidates)
+            if not torch.isfinite(logits).all():
+                raise ValueError("logits that overflow: a verdict on them would be arbitrary")
+            right.append(logits.argmax(1) == labels)
     return torch.cat(right)
 
 
