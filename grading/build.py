@@ -22,7 +22,7 @@ from grading import gradebook, leaks, notebooks, pipeline
 from grading.preprocessors import CANARY_KEY
 from grading.records import Records
 from grading.score import score
-from grading.workspace import DEMO_SECRET, Workspace
+from grading.workspace import DEMO_SECRET, ONE_THREAD, Workspace
 from robustkit.errors import RobustkitError
 from robustkit.files import write_atomically
 from robustkit.lessons import LESSONS, Lesson
@@ -274,7 +274,7 @@ def _check_invert(aside: Workspace, lesson: Lesson) -> list[str]:
     done = subprocess.run(
         [sys.executable, "-m", "nbgrader", "validate", "--invert", str(aside.release(lesson.id))],
         cwd=aside.course,
-        env={**os.environ, "ROBUSTKIT_TIER": "smoke"},
+        env=ONE_THREAD | os.environ | {"ROBUSTKIT_TIER": "smoke"},
         capture_output=True,
         text=True,
         check=False,

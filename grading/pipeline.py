@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -11,7 +12,7 @@ from pathlib import Path
 from grading import feedback, judge, records
 from grading.run import KernelFactory, Limits, plain_kernel, run_submission
 from grading.score import Scorecard, score, write_scorecard
-from grading.workspace import ROOT, Workspace, course_secret
+from grading.workspace import ONE_THREAD, ROOT, Workspace, course_secret
 from robustkit.errors import RobustkitError
 from robustkit.lessons import Lesson
 
@@ -71,6 +72,7 @@ def _hop(*arguments: str | Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "grading", *map(str, arguments)],
         cwd=ROOT,
+        env=ONE_THREAD | os.environ,
         capture_output=True,
         text=True,
         check=False,

@@ -30,7 +30,7 @@ from nbformat import NotebookNode
 
 from grading import evidence, notebooks, records
 from grading.records import COLLECTED, CRASHED, NOT_REACHED, TAMPERED, TIMED_OUT, Collected, Run
-from grading.workspace import case_seed
+from grading.workspace import ONE_THREAD, case_seed
 from robustkit import __version__
 from robustkit.contracts import CONTRACTS, Arrays
 from robustkit.device import TIERS
@@ -233,7 +233,7 @@ def _environment(work: Path, tier: str) -> dict[str, str]:
     # One thread each, unless told otherwise: torch's threads spin while they wait, and notebooks that
     # run side by side with as many threads as cores then take many times as long.
     return (
-        {"OMP_NUM_THREADS": "1"}
+        ONE_THREAD
         | kept
         | {
             "HOME": str(work),

@@ -29,6 +29,9 @@ PRIVATE = (
     "rk-*",
 )
 
+# One thread for each kernel and judge: runs that go side by side must not fight over the cores.
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # a caller who sets it knows better
+
 _STUDENT = re.compile(r"[\w.@ ,'-]{1,80}", re.ASCII)
 
 
