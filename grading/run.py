@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import shutil
 import tempfile
@@ -337,7 +338,7 @@ class _Session:
         if left <= 0:
             self.dead = TIMED_OUT
             return TIMED_OUT
-        self.client.timeout = max(1, round(min(self.limits.cell, left)))
+        self.client.timeout = math.ceil(min(self.limits.cell, left))
         self._reply = None
         try:
             self.client.execute_cell(cell, index)
