@@ -270,4 +270,4 @@ def test_the_summary_holds_totals_and_no_images():
 
 
 def test_no_path_of_a_machine_reaches_the_page():
-    assert not re.search(r"(/home/|/root/|/tmp/)", render([at(0.1)]))
+    assert not re.search(r"/(home|root|tmp)/", render([at(0.1)]))
