@@ -5,9 +5,10 @@ from __future__ import annotations
 import datetime
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -42,6 +43,54 @@ def predict(model: Model, x: Tensor, y: Tensor) -> Tensor:
     return margin(logits, y) < 0
 
 
+@dataclass(frozen=True)
+class Job:
+    """One batch for one attack: its name, and the positions in the data of the images to attack."""
+
+    attack: str
+    rows: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Attacker:
+    """The work of an evaluation: a job in, the positions of the images that it broke out.
+
+    Everything random follows from (seed, attack, first row), so it does not matter where or when, or in
+    which order, jobs are done.
+    """
+
+    model: Model
+    data: Dataset
+    ball: Ball
+    attacks: Mapping[str, Attack]
+    seed: int
+
+    def __call__(self, job: Job) -> list[int]:
+        rows = torch.tensor(job.rows, device=self.data.x.device)
+        x, y = self.data.x[rows], self.data.y[rows]
+        generator = seeded(self.seed, job.attack, job.rows[0], device=x.device)
+        # Copies: an attack that changes its input in place would otherwise be measured from there.
+        candidates = self.attacks[job.attack](
+            self.model, x.clone(), y.clone(), self.ball, generator=generator
+        )
+        check_candidates(job.attack, x, candidates, self.ball)
+        return rows[~predict(self.model, candidates, y)].tolist()
+
+
+class Runner(Protocol):
+    """Who does the jobs of one attack: this process in turn, or others; pairs come back in any order."""
+
+    def __call__(
+        self, work: Callable[[Job], list[int]], jobs: Sequence[Job]
+    ) -> Iterator[tuple[Job, list[int]]]: ...
+
+
+def in_turn(work: Callable[[Job], list[int]], jobs: Sequence[Job]) -> Iterator[tuple[Job, list[int]]]:
+    """One job after the other, here."""
+    for job in jobs:
+        yield job, work(job)
+
+
 def evaluate(
     model: Model,
     data: Dataset,
@@ -52,12 +101,13 @@ def evaluate(
     tier: str,
     seed: int = 0,
     batch_size: int = 250,
+    runner: Runner = in_turn,
     progress: bool = True,
 ) -> Evaluation:
     """Robust accuracy as the worst case over `attacks`, example by example.
 
     Attacks run in the given order; each meets only the examples that survived the earlier ones. An
-    attack proposes candidates; this function measures them against the ball and predicts them again
+    attack proposes candidates; `Attacker` measures them against the ball and predicts them again
     in strict float32, so that nothing an attack says about its own success counts.
     Source: Croce & Hein 2020 (arXiv 2003.01690), section 5, for the worst case per example.
     Randomness: each batch's generator follows from (seed, attack, first example).
@@ -68,16 +118,22 @@ def evaluate(
         raise RobustkitError("an evaluation needs at least one attack; give one, e.g. fgsm.")
     check_batch(data.x, data.y)
     broken_by: list[str | None] = [None] * len(data)
-    left = []
     for rows in torch.arange(len(data)).split(batch_size):
         right = predict(model, data.x[rows], data.y[rows]).cpu()
         for row in rows[~right].tolist():
             broken_by[row] = CLEAN
-        left.append(rows[right])
-    survivors, runs = torch.cat(left), []
+    work, runs = Attacker(model, data, ball, attacks, seed), []
     for name, attack in attacks.items():
         started = time.perf_counter()
-        survivors = _run(model, data, ball, name, attack, survivors, broken_by, seed, batch_size, progress)
+        left = [row for row, verdict in enumerate(broken_by) if verdict is None]
+        jobs = [Job(name, tuple(left[i : i + batch_size])) for i in range(0, len(left), batch_size)]
+        bar = tqdm(total=len(left), desc=name, unit="image", disable=not progress, file=sys.stderr)
+        for job, broken in runner(work, jobs):
+            for row in broken:
+                broken_by[row] = name
+            bar.update(len(job.rows))
+            bar.set_postfix(robust=f"{broken_by.count(None) / len(broken_by):.1%}")
+        bar.close()
         runs.append(AttackRun(name, _parameters(attack), time.perf_counter() - started))
     return Evaluation(
         model=model_name,
@@ -91,39 +147,6 @@ def evaluate(
         hardware=hardware(data.x.device),
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
-
-
-def _run(
-    model: Model,
-    data: Dataset,
-    ball: Ball,
-    name: str,
-    attack: Attack,
-    survivors: Tensor,
-    broken_by: list[str | None],
-    seed: int,
-    batch_size: int,
-    progress: bool,
-) -> Tensor:
-    """Attack the survivors batch by batch; return those that are left."""
-    left = []
-    bar = tqdm(total=len(survivors), desc=name, unit="image", disable=not progress, file=sys.stderr)
-    for rows in survivors.split(batch_size):
-        if len(rows) == 0:
-            break
-        x, y = data.x[rows], data.y[rows]
-        generator = seeded(seed, name, int(rows[0]), device=x.device)
-        # Copies: an attack that changes its input in place would otherwise be measured from there.
-        candidates = attack(model, x.clone(), y.clone(), ball, generator=generator)
-        check_candidates(name, x, candidates, ball)
-        right = predict(model, candidates, y).cpu()
-        for row in rows[~right].tolist():
-            broken_by[row] = name
-        left.append(rows[right])
-        bar.update(len(rows))
-        bar.set_postfix(robust=f"{sum(verdict is None for verdict in broken_by) / len(broken_by):.1%}")
-    bar.close()
-    return torch.cat(left) if left else survivors
 
 
 def check_candidates(name: str, x: Tensor, candidates: Tensor, ball: Ball) -> None:
