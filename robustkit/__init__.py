@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from robustkit.models import Normalize as Normalize
     from robustkit.models import build as build
     from robustkit.models import load_weights as load_weights
+    from robustkit.models import pretrained as pretrained
     from robustkit.models import save_weights as save_weights
     from robustkit.results import Evaluation as Evaluation
     from robustkit.results import Interval as Interval
@@ -67,7 +68,7 @@ _HOME = {
         "evaluate": "evaluate ATTACKS predict",
         "lessons": "check",
         "losses": "losses",
-        "models": "models MODELS Normalize build load_weights save_weights",
+        "models": "models MODELS Normalize build load_weights pretrained save_weights",
         "report": "report",
         "results": "results Evaluation Interval Provenance read_evaluation",
         "threat": "threat Ball ThreatModel white_box",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 import struct
 from pathlib import Path
 
@@ -12,9 +13,19 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from robustkit.data import load
 from robustkit.errors import RobustkitError
 from robustkit.files import write_atomically
-from robustkit.models import MODELS, Normalize, build, load_weights, preact_resnet18, save_weights
+from robustkit.models import (
+    MODELS,
+    Normalize,
+    build,
+    load_weights,
+    preact_resnet18,
+    pretrained,
+    save_weights,
+    zoo,
+)
 
 
 class Canary:
@@ -197,3 +208,47 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
         write_atomically(path, b"new")
     assert path.read_bytes() == b"old"
     assert [file.name for file in tmp_path.iterdir()] == ["result.json"]
+
+
+# --- trained models that come with the package -------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", zoo.names())
+def test_a_trained_model_is_float32_in_eval_mode_and_classifies_as_its_card_says(name):
+    """On the digits at hand without a download: another data set, so only far above chance is asked."""
+    model, described = pretrained(name), zoo.card(name)
+    assert not model.training
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    images = load("digits", "test", limit=200)
+    right = (model(images.x).argmax(1) == images.y).float().mean().item()
+    assert right > 0.25
+    assert described["name"] == name
+    measured = described["measured"]
+    assert measured["clean"]["n"] == measured["robust"]["n"] == 1000
+    assert measured["clean"]["k"] > 800
+    # Training against one FGSM step fails against PGD; a random start before it is what repairs it.
+    assert (measured["robust"]["k"] > 800) == (name in ("mnist-pgd", "mnist-rs-fgsm"))
+
+
+def test_trained_weights_other_than_those_of_the_card_are_refused_in_a_sentence(tmp_path):
+    for path in zoo.WEIGHTS.glob("mnist-clean.*"):
+        shutil.copy(path, tmp_path)
+    assert zoo.load("mnist-clean", build, tmp_path) is not None
+    weights = tmp_path / "mnist-clean.safetensors"
+    damaged = bytearray(weights.read_bytes())
+    damaged[-1] ^= 1  # one bit of one weight: a valid file, another model
+    weights.write_bytes(damaged)
+    with pytest.raises(
+        RobustkitError, match=r"sha256 \w{12}, its card says \w{12}; install robustkit again\.$"
+    ):
+        zoo.load("mnist-clean", build, tmp_path)
+    weights.unlink()
+    with pytest.raises(RobustkitError, match="cannot be read"):
+        zoo.load("mnist-clean", build, tmp_path)
+
+
+def test_an_unknown_trained_model_is_refused_with_the_known_ones():
+    with pytest.raises(
+        RobustkitError, match="'mnist-trades' is unknown; choose one of mnist-clean, mnist-fgsm"
+    ):
+        pretrained("mnist-trades")

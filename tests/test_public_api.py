@@ -37,6 +37,7 @@ PUBLIC = {
     "pgd": "attacks",
     "pick_device": "device",
     "predict": "evaluate",
+    "pretrained": "models",
     "read_evaluation": "results",
     "rs_fgsm": "attacks",
     "save_weights": "models",

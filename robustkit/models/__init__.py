@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from robustkit.errors import RobustkitError
+from robustkit.models import zoo
 from robustkit.models.files import load_weights, save_weights
 from robustkit.models.preact_resnet import PreActResNet
 
@@ -19,6 +20,7 @@ __all__ = [
     "load_weights",
     "mnist_cnn",
     "preact_resnet18",
+    "pretrained",
     "save_weights",
 ]
 
@@ -96,3 +98,13 @@ def build(name: str, *, seed: int = 0) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return MODELS[name]()
+
+
+def pretrained(name: str) -> nn.Module:
+    """A trained model that comes with the package, in eval mode: mnist-pgd, mnist-clean, ...
+
+    Weights are stored in half precision and computed with in float32; `zoo.card(name)` is the record of
+    recipe, data, threat model and measured accuracies. Raises: RobustkitError for an unknown name, and for
+    weights whose sha256 is not that of the card.
+    """
+    return zoo.load(name, build)
