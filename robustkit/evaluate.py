@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from robustkit.attacks import Attack, fgsm, pgd, rs_fgsm
+from robustkit.attacks.library import LIBRARY
 from robustkit.data import Dataset
 from robustkit.device import Model, attackable, hardware, seeded, strict_fp32
 from robustkit.errors import RobustkitError
@@ -191,9 +192,9 @@ def _parameters(attack: Attack) -> dict[str, Any]:
 
 def find_attacks(names: str) -> dict[str, Attack]:
     """Attacks from a comma-separated list of names. Raises: RobustkitError for one that is unknown."""
-    chosen = {}
+    known, chosen = ATTACKS | LIBRARY, {}
     for name in filter(None, (part.strip() for part in names.split(","))):
-        if name not in ATTACKS:
-            raise RobustkitError(f"attack {name!r} is unknown; choose from {', '.join(ATTACKS)}.")
-        chosen[name] = ATTACKS[name]
+        if name not in known:
+            raise RobustkitError(f"attack {name!r} is unknown; choose from {', '.join(known)}.")
+        chosen[name] = known[name]
     return chosen
