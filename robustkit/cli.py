@@ -8,6 +8,7 @@ interrupted. torch is imported by the commands that need it, so `--help` and `re
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import json
 import os
@@ -80,6 +81,19 @@ def _doctor(options: argparse.Namespace) -> int:
     return 0 if diagnosis.healthy else 1
 
 
+def _as_rank(command: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
+    """Under torchrun, `command` as one rank of its group; otherwise `command`."""
+
+    @functools.wraps(command)
+    def joined(options: argparse.Namespace) -> int:
+        from robustkit import scale
+
+        with scale.joined():
+            return command(options)
+
+    return joined
+
+
 def _train(options: argparse.Namespace) -> int:
     from robustkit import data, device, models, train
 
@@ -108,8 +122,9 @@ def _train(options: argparse.Namespace) -> int:
     return 0
 
 
+@_as_rank
 def _evaluate(options: argparse.Namespace) -> int:
-    from robustkit import data, device, evaluate, models
+    from robustkit import data, device, evaluate, models, scale
     from robustkit.threat import Ball
 
     usual_model, usual_norm, usual_eps = _USUAL.get(options.data, ("", "", 0.0))
@@ -136,7 +151,11 @@ def _evaluate(options: argparse.Namespace) -> int:
         model_name=_model_name(options.weights),
         tier=tier,
         seed=options.seed,
+        runner=scale.ranks if scale.world() > 1 else evaluate.in_turn,
+        progress=scale.rank() == 0,
     )
+    if scale.rank() > 0:
+        return 0
     evaluation = replace(evaluation, notes=(f"{name}, weights sha256 {digest[:16]}",))
     write_atomically(out, f"{evaluation.to_json()}\n".encode())
     print(evaluation.to_json() if options.json else _evaluation_text(evaluation, out))

@@ -1,0 +1,121 @@
+"""Beyond one process: the ranks of a torchrun share evaluation and training. One process needs none of it.
+
+    torchrun --standalone --nproc-per-node 2 -m -- robustkit evaluate ...
+
+Every rank runs the same command; `rank` tells them apart, and only rank 0 writes files and shows
+progress. Sums are taken in an order that the ranks do not change, so that what they make together is
+bit for bit what one process makes with as many threads (torchrun sets OMP_NUM_THREADS=1).
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from robustkit.errors import RobustkitError
+from robustkit.evaluate import Job, in_turn
+
+T = TypeVar("T")
+
+PATIENCE = datetime.timedelta(minutes=30)  # the longest that a rank waits for another's batch
+
+
+@contextmanager
+def joined() -> Iterator[None]:
+    """Inside, this process is one rank of its torchrun; where there is none, nothing changes.
+
+    Ranks talk by gloo, on GPUs tensors go by NCCL, and each rank of a machine gets a GPU of its own.
+    Raises: RobustkitError when the ranks do not find each other or outnumber the machine's GPUs.
+    """
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        yield
+        return
+    if torch.cuda.is_available():
+        gpu, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if gpu >= gpus:
+            raise RobustkitError(
+                f"rank {gpu} of this machine has no GPU of its own, there are {gpus}; start torchrun with "
+                f"--nproc-per-node {gpus}, or set CUDA_VISIBLE_DEVICES= to use the processor."
+            )
+        torch.cuda.set_device(gpu)
+    try:
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE
+        )
+    except (ValueError, RuntimeError) as error:
+        raise RobustkitError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but the ranks do not find each other ({error}); start them "
+            "by torchrun, or unset WORLD_SIZE."
+        ) from error
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    """The number of this process among those of its torchrun; 0 for a process alone."""
+    return dist.get_rank() if _together() else 0
+
+
+def world() -> int:
+    """How many processes its torchrun has; 1 for a process alone."""
+    return dist.get_world_size() if _together() else 1
+
+
+def _together() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def shared(task: Callable[[], T]) -> list[T]:
+    """What `task` returned on each rank, in their order, on every rank.
+
+    Raises: what it raised here; RobustkitError when it raised on another rank or that rank is gone, so
+    that nobody waits for a result that will not come.
+    """
+    result, error = None, None
+    try:
+        result = task()
+    except Exception as caught:
+        error = caught
+    complaint = None if error is None else str(error) if isinstance(error, RobustkitError) else repr(error)
+    answers: list[tuple[T | None, str | None]] = [(result, complaint)] * world()
+    if world() > 1:
+        with _listening():
+            dist.all_gather_object(answers, (result, complaint))
+    if error is not None:
+        raise error
+    for number, (_, complaint) in enumerate(answers):
+        if complaint is not None:
+            raise RobustkitError(f"rank {number} stopped: {complaint}")
+    return [answer for answer, _ in answers]  # type: ignore[misc]  # without a complaint there is a result
+
+
+@contextmanager
+def _listening() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise RobustkitError(
+            "another rank has ended or has not answered; see its last words above, then start again, with "
+            "--resume where there is something to go on from."
+        ) from error
+
+
+def ranks(work: Callable[[Job], list[int]], jobs: Sequence[Job]) -> Iterator[tuple[Job, list[int]]]:
+    """The runner under torchrun: each rank does every world-size-th job, and every rank gets all pairs.
+
+    Raises: RobustkitError on every rank when one of them fails.
+    """
+    for first in range(0, len(jobs), world()):
+        mine = jobs[first : first + world()][rank() : rank() + 1]  # none, when the last round is short
+        answers: list[list[tuple[Job, list[int]]]] = shared(partial(list, in_turn(work, mine)))
+        for pairs in answers:
+            yield from pairs

@@ -1,0 +1,56 @@
+"""What the tests of `robustkit.scale` run in processes of their own: one rank of two.
+
+python -m tests.ranked FOLDER whole|raise|kill
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from functools import partial
+from pathlib import Path
+
+from robustkit import scale
+from robustkit.attacks import pgd, rs_fgsm
+from robustkit.errors import RobustkitError
+from robustkit.evaluate import evaluate, in_turn
+from robustkit.results import Evaluation
+from robustkit.threat import Ball
+from tests.oracle import linear, linear_data
+
+
+class Failing:
+    """PGD, but the second batch that rank 1 meets is its last."""
+
+    def __init__(self, how: str) -> None:
+        self.how, self.met = how, 0
+
+    def __call__(self, model, x, y, ball, *, generator=None):
+        self.met += 1
+        if scale.rank() == 1 and self.met == 2:
+            if self.how == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise RobustkitError("the second batch is a bad one; leave it out.")
+        return pgd(model, x, y, ball, steps=3, generator=generator)
+
+
+def measured(last=pgd, runner=in_turn) -> Evaluation:
+    """Two attacks over batches of 9 images: an odd number of jobs, the last one short."""
+    model = linear()
+    attacks = {"rs-fgsm": rs_fgsm, "last": partial(last, steps=3) if last is pgd else last}
+    settings = {"model_name": "linear", "tier": "smoke", "batch_size": 9, "progress": False}
+    return evaluate(model, linear_data(model, n=100), Ball("Linf", 0.02), attacks, runner=runner, **settings)
+
+
+def main(folder: Path, how: str) -> None:
+    with scale.joined():
+        found = measured(pgd if how == "whole" else Failing(how), scale.ranks)
+        (folder / f"{scale.rank()}.json").write_text(found.to_json())
+
+
+if __name__ == "__main__":
+    try:
+        main(Path(sys.argv[1]), sys.argv[2])
+    except RobustkitError as error:
+        sys.exit(f"robustkit: {error}")
