@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -183,7 +184,8 @@ def exact_outcomes(radii: np.ndarray, smoothing: Smoothing) -> tuple[np.ndarray,
 def outcomes(certifier: Certifier, model, x, smoothing: Smoothing) -> tuple[np.ndarray, np.ndarray]:
     """Predictions and radii of an implementation, image by image."""
     found = [certifier(model, image, smoothing, generator("image", i)) for i, image in enumerate(x)]
-    return np.array([prediction for prediction, _ in found]), np.array([radius for _, radius in found])
+    predictions, radii = zip(*found, strict=True)
+    return np.array(predictions), np.nan_to_num(np.array(radii), posinf=1e6)
 
 
 def test_ten_thousand_certificates_keep_their_rate_and_lose_little():
@@ -195,8 +197,8 @@ def test_ten_thousand_certificates_keep_their_rate_and_lose_little():
     right = predictions == (signed > 0)
     violations = (predictions != ABSTAIN) & (~right | (radii > true + 1e-6))
     assert violations.sum() <= scipy.stats.binom.ppf(0.9999, len(x), smoothing.alpha)
-    expected, _ = exact_outcomes(true, smoothing)
-    error = radii - expected
+    grid = np.linspace(0, true.max(), 500)
+    error = radii - np.interp(true, grid, exact_outcomes(grid, smoothing)[0])
     assert abs(error.mean()) < 4 * error.std() / math.sqrt(len(x))
     decided = (predictions != ABSTAIN) & (true < smoothing.largest_radius)
     assert (true - radii)[decided].mean() < 0.15 * smoothing.sigma, "the slack that n=1,000 costs"
@@ -219,9 +221,9 @@ def mistakes(certifier: Certifier) -> set[str]:
     if not all((radius == 0) for radius in radii[predictions == ABSTAIN]) or (radii < 0).any():
         found.add("abstention")
     # On the boundary nothing may be certified, and a class named only at the rate alpha.
-    edge = x[:600] - (true[:600, None] * np.array(model.w.detach() / model.w.detach().norm())).reshape(
-        600, 3, 2, 2
-    ).astype(np.float32)
+    normal = (model.w / model.w.norm()).detach()
+    away = torch.tensor(true[:600], dtype=torch.float32)[:, None] * normal
+    edge = x[:600] - away.view(600, 3, 2, 2)
     predictions, _ = outcomes(certifier, model, edge, smoothing)
     _, wrong = exact_outcomes(np.zeros(1), smoothing)
     if abs((predictions != ABSTAIN).mean() - wrong[0]) > 4 * math.sqrt(wrong[0] * (1 - wrong[0]) / 600):
@@ -279,8 +281,6 @@ def test_the_reference_makes_no_mistake():
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_mutant_makes_one(name):
-    from functools import partial
-
     assert mistakes(partial(_certify, **MUTANTS[name]))
 
 
@@ -529,7 +529,7 @@ def test_a_log_that_claims_more_than_its_samples_prove_is_found(tmp_path):
 
 
 def certification(rows=None, **changes) -> Certification:
-    rows = rows or (Row(0, 1, 1, 0.3, True, 1.0), Row(7, 1, ABSTAIN, 0.0, False, 1.5))
+    rows = rows if rows is not None else (Row(0, 1, 1, 0.3, True, 1.0), Row(7, 1, ABSTAIN, 0.0, False, 1.5))
     base = Base("float32", Interval(2, 2), Interval(2, 2))
     made = Certification(
         *("m", base, Smoothing(0.25, 100, 1_000), "L2", PROVENANCE, rows),
@@ -552,7 +552,7 @@ def test_the_record_survives_json_and_derives_its_totals(tmp_path):
     [
         ({"rows": ()}, "at least one row"),
         ({"norm": "Linf"}, "certifies L2 balls"),
-        ({"rows": (Row(3, 1, 1, 0.7, True, 1.0),)}, "image 3 claims radius 0.7000, .* prove 0.6156 at most"),
+        ({"rows": (Row(3, 1, 1, 0.7, True, 1.0),)}, "image 3 claims radius 0.7000, .* prove 0.6158 at most"),
     ],
 )
 def test_a_record_that_cannot_be_true_is_not_built(changes, words):
