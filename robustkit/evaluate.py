@@ -21,7 +21,7 @@ from robustkit.device import Model, attackable, hardware, seeded, strict_fp32
 from robustkit.errors import RobustkitError
 from robustkit.losses import margin
 from robustkit.results import CLEAN, AttackRun, Evaluation
-from robustkit.threat import Ball, check_batch, check_logits, white_box
+from robustkit.threat import Ball, PerturbationSet, check_batch, check_logits, white_box
 
 ATTACKS: dict[str, Attack] = {
     "fgsm": fgsm,
@@ -62,7 +62,7 @@ class Attacker:
 
     model: Model
     data: Dataset
-    ball: Ball
+    ball: PerturbationSet
     attacks: Mapping[str, Attack]
     seed: int
 
@@ -95,7 +95,7 @@ def in_turn(work: Callable[[Job], list[int]], jobs: Sequence[Job]) -> Iterator[t
 def evaluate(
     model: Model,
     data: Dataset,
-    ball: Ball,
+    ball: PerturbationSet,
     attacks: Mapping[str, Attack],
     *,
     model_name: str,
@@ -150,7 +150,7 @@ def evaluate(
     )
 
 
-def check_candidates(name: str, x: Tensor, candidates: Tensor, ball: Ball) -> None:
+def check_candidates(name: str, x: Tensor, candidates: Tensor, ball: PerturbationSet) -> None:
     """Refuse candidates that the threat model does not allow. Raises: RobustkitError."""
     if not isinstance(candidates, Tensor) or candidates.dtype != x.dtype:
         found = candidates.dtype if isinstance(candidates, Tensor) else type(candidates).__name__
@@ -173,10 +173,15 @@ def check_candidates(name: str, x: Tensor, candidates: Tensor, ball: Ball) -> No
         )
     inside = ball.contains(x, candidates)
     if not inside.all():
-        size = ball.size(candidates - x).max().item()
+        if isinstance(ball, Ball):
+            size = ball.size(candidates - x).max().item()
+            reason = f"{ball.norm} distance {size:.4g}, allowed {ball.eps:.4g}; project with Ball.candidates."
+        else:
+            reason = (
+                "no transform of the lattice gives them; build them with RotationTranslation.transformed."
+            )
         raise RobustkitError(
-            f"attack {name!r} left its ball on {int((~inside).sum())} of {len(x)} images: "
-            f"{ball.norm} distance {size:.4g}, allowed {ball.eps:.4g}; project with Ball.candidates."
+            f"attack {name!r} left its ball on {int((~inside).sum())} of {len(x)} images: {reason}"
         )
 
 

@@ -10,7 +10,7 @@ import json
 import math
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from types import UnionType
+from types import NoneType, UnionType
 from typing import Any, Self, get_args, get_origin, get_type_hints
 
 from robustkit.errors import RobustkitError
@@ -233,9 +233,12 @@ def _build(kind: Any, value: Any, name: str) -> Any:
     elif get_origin(kind) is dict and isinstance(value, dict):
         return value
     elif get_origin(kind) is UnionType:
-        if value is None:
+        if value is None and NoneType in arguments:
             return None
-        return _build(arguments[0], value, name)
+        # Which of several dataclasses a record is, its field names say.
+        names = set(value) if isinstance(value, dict) else set()
+        same = [c for c in arguments if is_dataclass(c) and {part.name for part in fields(c)} == names]
+        return _build((same or arguments)[0], value, name)
     elif kind is float and isinstance(value, int | float) and not isinstance(value, bool):
         if math.isfinite(value):
             return float(value)

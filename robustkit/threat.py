@@ -1,10 +1,13 @@
-"""Threat models: what the attacker may do. All Lp geometry of the kit is in `Ball`."""
+"""Threat models: what the attacker may do.
+
+All Lp geometry of the kit is in `Ball`, turning and shifting in `RotationTranslation`.
+"""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from robustkit.errors import RobustkitError
 
@@ -110,6 +113,108 @@ class Ball:
 
 
 @dataclass(frozen=True)
+class RotationTranslation:
+    """Images turned by up to `degrees` and shifted by up to `pixels` each way, on a lattice.
+
+    The set is finite, so that membership can be checked: 31 angles, evenly from -`degrees` to `degrees`
+    (counter-clockwise), times 5 by 5 shifts, evenly from -`pixels` to `pixels` (right, down): 775
+    transforms, the identity among them. Turning comes first, about the centre; pixels are interpolated
+    linearly, and black comes in from outside.
+    Source: Engstrom et al. 2019 (arXiv 1712.02779), section 3, whose grid this is; there 30 degrees and a
+    tenth of the side. Difference: their random attack draws from the continuous box, ours from the lattice.
+    Units: `norm` is "rotation-translation" and `eps`, the size to plot, is `degrees`.
+    Shapes: images (n, channels, height, width).
+    Raises: RobustkitError for degrees outside [0, 180], pixels that are negative or not finite, images of
+    another shape, and where a method is asked for that only an Lp ball has.
+
+    >>> len(RotationTranslation(30, 3).transforms())
+    775
+    """
+
+    degrees: float
+    pixels: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.degrees <= 180:
+            raise RobustkitError(
+                f"degrees must lie in [0, 180]; got {self.degrees}. Half a turn is everything."
+            )
+        if not (math.isfinite(self.pixels) and self.pixels >= 0):
+            raise RobustkitError(f"pixels must be a finite number, zero or larger; got {self.pixels}.")
+
+    def __str__(self) -> str:
+        return f"{self.norm} up to {self.degrees:g} degrees and {self.pixels:g} pixels"
+
+    @property
+    def norm(self) -> str:
+        return "rotation-translation"
+
+    @property
+    def eps(self) -> float:
+        return self.degrees
+
+    def transforms(self) -> Tensor:
+        """The lattice: one row (degrees, pixels to the right, pixels down) for each transform."""
+        import torch
+
+        # Counted from the middle, so that the identity is exactly among them.
+        angles, shifts = torch.arange(-15, 16) / 15 * self.degrees, torch.arange(-2, 3) / 2 * self.pixels
+        return torch.cartesian_prod(angles, shifts, shifts)
+
+    def transformed(self, x: Tensor, transforms: Tensor) -> Tensor:
+        """Each image under its own transform; the identity gives the image bit for bit.
+
+        Shapes: x (n, channels, height, width), transforms (n, 3) -> as x.
+        """
+        import torch
+        import torch.nn.functional as F
+
+        if x.dim() != 4:
+            raise RobustkitError(
+                f"turning needs images of shape (n, channels, height, width); got {tuple(x.shape)}."
+            )
+        height, width = x.shape[2:]
+        angle, right, down = transforms.to(x).unbind(1)
+        cos, sin = angle.deg2rad().cos(), angle.deg2rad().sin()
+        # Where an output pixel comes from, in coordinates that run from -1 to 1 along both sides.
+        rows = (
+            (cos, -sin * height / width, (sin * down - cos * right) * 2 / width),
+            (sin * width / height, cos, -(sin * right + cos * down) * 2 / height),
+        )
+        matrices = torch.stack([torch.stack(row, 1) for row in rows], 1)
+        grid = F.affine_grid(matrices, list(x.shape), align_corners=False)
+        turned = F.grid_sample(x, grid, align_corners=False).clamp(0.0, 1.0)
+        return torch.where(_per_example(transforms.to(x).any(1), x), turned, x)
+
+    def contains(self, x: Tensor, candidate: Tensor) -> Tensor:
+        """Whether each candidate is its example under some transform, up to 1e-4 in every pixel.
+
+        Source: direct comparison with the whole lattice. Float32 interpolation on another device
+        differs by less than that; a grey level is 4e-3.
+        """
+        import torch
+
+        inside = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        for transform in self.transforms():
+            left = (~inside).nonzero().squeeze(1)
+            if len(left) == 0:
+                break
+            images = self.transformed(x[left], transform.expand(len(left), 3))
+            inside[left] = (images - candidate[left]).flatten(1).abs().amax(1) <= 1e-4
+        return inside
+
+    def _no_ball(self, *_: object) -> NoReturn:
+        raise RobustkitError(
+            f"{self} is no Lp ball, which this attack needs; use spatial_grid or spatial_random, or a Ball."
+        )
+
+    project = steepest = random = candidates = _no_ball
+
+
+PerturbationSet = Ball | RotationTranslation
+
+
+@dataclass(frozen=True)
 class ThreatModel:
     """What an attacker may change, know and spend: the sentence without which a figure means nothing.
 
@@ -117,7 +222,7 @@ class ThreatModel:
     Raises: RobustkitError for an unknown knowledge or goal, or a budget below 1.
     """
 
-    ball: Ball
+    ball: PerturbationSet
     knowledge: str
     goal: str
     queries: int | None
@@ -139,7 +244,7 @@ class ThreatModel:
         return f"{self.ball} on inputs in [{low:g}, {high:g}], {self.knowledge}, {self.goal}, {budget}"
 
 
-def white_box(ball: Ball) -> ThreatModel:
+def white_box(ball: PerturbationSet) -> ThreatModel:
     """The usual threat model of a robustness evaluation: full knowledge, untargeted, no query limit."""
     return ThreatModel(ball, knowledge="white-box", goal="untargeted", queries=None)
 

@@ -9,20 +9,22 @@ whether it succeeded, the evaluator does. Gradients are taken for the input alon
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from robustkit.device import Model
-from robustkit.threat import Ball
 
 
 class Attack(Protocol):
-    """What `evaluate` and the adversarial-training losses call."""
+    """What `evaluate` and the adversarial-training losses call.
+
+    `ball` is a `Ball` for most, a `RotationTranslation` for the spatial ones; each refuses the other's.
+    """
 
     def __call__(
-        self, model: Model, x: Tensor, y: Tensor, ball: Ball, *, generator: torch.Generator | None = None
+        self, model: Model, x: Tensor, y: Tensor, ball: Any, *, generator: torch.Generator | None = None
     ) -> Tensor: ...
 
 
