@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from robustkit.data import Dataset
     from robustkit.device import Model
     from robustkit.doctor import Diagnosis
+    from robustkit.leaderboard import Entry, Leaderboard, Standing
     from robustkit.results import Evaluation
     from robustkit.train import Run
 
@@ -178,6 +179,34 @@ def _report(options: argparse.Namespace) -> int:
     return 0
 
 
+def _leaderboard(options: argparse.Namespace) -> int:
+    from robustkit import leaderboard
+    from robustkit.results import read_evaluation
+
+    if options.write and not options.eval:
+        raise RobustkitError("--write needs a result to write; give it with --eval EVAL.json.")
+    evaluation = read_evaluation(options.eval) if options.eval else None
+    norm = options.norm or (evaluation.threat.ball.norm if evaluation else "Linf")
+    board = leaderboard.load(options.data, norm).select(
+        extra_data=options.extra_data, synthetic=options.synthetic, architecture=options.architecture
+    )
+    found = leaderboard.standing(evaluation, board) if evaluation else None
+    if options.write and evaluation:
+        _check_writable(options.write)
+        published = json.dumps(leaderboard.to_robustbench(evaluation), indent=2)
+        write_atomically(options.write, f"{published}\n".encode())
+    if options.json:
+        _print_json(leaderboard.record(board, found))
+        return 0
+    print(_leaderboard_text(board))
+    if evaluation and found:
+        print(f"\n{_standing_text(evaluation, board, found)}")
+    if options.write:
+        print(f"written: {options.write}; fill in what is null, and say in its footnote if the training images "
+              "were synthetic")
+    return 0
+
+
 # --- checks that come before the work ---------------------------------------------------------------
 
 
@@ -276,6 +305,47 @@ def _evaluation_text(evaluation: Evaluation, out: Path) -> str:
             "",
             f"robust accuracy: {evaluation.robust}, the worst case over these attacks, image by image",
             f"written: {out}",
+        ]
+    )
+
+
+def _leaderboard_text(board: Leaderboard) -> str:
+    rows = [
+        [
+            str(rank),
+            entry.id,
+            entry.architecture,
+            f"{entry.clean:.2f}",
+            f"{entry.robust:.2f}",
+            "" if entry.reported is None else f"{entry.reported:.2f}",
+            " + ".join(
+                name for name, used in (("extra", entry.extra_data), ("synthetic", entry.synthetic)) if used
+            ),
+        ]
+        for rank, entry in enumerate(board.entries, 1)
+    ]
+    return "\n".join(
+        [
+            f"RobustBench, {board.dataset}, {board.norm} eps={board.eps}: {board.selection}",
+            "",
+            *_columns(["rank", "entry", "architecture", "clean", "robust", "reported", "images"], rows),
+            "",
+            "Published figures in %, not measured here; robust is the lowest known, by AutoAttack or stronger.",
+            f"source: {board.source}",
+        ]
+    )
+
+
+def _standing_text(evaluation: Evaluation, board: Leaderboard, found: Standing) -> str:
+    def beside(entry: Entry | None) -> str:
+        return f"{entry.id}, {entry.robust:.2f} %" if entry else "nobody"
+
+    return "\n".join(
+        [
+            *(f"NOTE: {note}" for note in found.notes),
+            f"{evaluation.model}: robust {found.robust} would stand at rank {found.rank} "
+            f"(by its interval {found.best} to {found.worst}) among {found.of} {board.selection}",
+            f"above it: {beside(found.above)}; below it: {beside(found.below)}",
         ]
     )
 
@@ -435,4 +505,30 @@ def _parser() -> argparse.ArgumentParser:
         "-o", "--out", type=Path, default=Path("report.html"), metavar="FILE", help="default report.html"
     )
     report.add_argument("--title", default="Robustness report", help="heading of the page")
+
+    leaderboard = add(
+        "leaderboard",
+        _leaderboard,
+        "Show RobustBench's published figures, and where an evaluation would stand among them.",
+        "robustkit leaderboard --norm L2 --architecture resnet-18 --synthetic",
+    )
+    leaderboard.add_argument("--data", default="cifar10", help="data set (default cifar10)")
+    leaderboard.add_argument(
+        "--norm", choices=("Linf", "L2"), help="norm (default that of the evaluation, or Linf)"
+    )
+    leaderboard.add_argument(
+        "--extra-data", action="store_true", help="admit models trained with extra real images"
+    )
+    leaderboard.add_argument(
+        "--synthetic", action="store_true", help="admit models trained with images made by a model"
+    )
+    leaderboard.add_argument(
+        "--architecture", default="", metavar="NAME", help="only architectures with this in their name"
+    )
+    leaderboard.add_argument(
+        "--eval", type=Path, metavar="EVAL.json", help="say where this evaluation would stand"
+    )
+    leaderboard.add_argument(
+        "--write", type=Path, metavar="FILE", help="write that evaluation in RobustBench's JSON form"
+    )
     return parser
