@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
 
@@ -30,12 +31,8 @@ def import_robustbench() -> ModuleType:
             warnings.simplefilter("ignore", category)
         warnings.filterwarnings("ignore", "pkg_resources is deprecated", UserWarning)
         if "autoattack" not in sys.modules and find_spec("autoattack") is None:
-            import pyautoattack
-            import pyautoattack.state
-
-            # Both names, or a second copy of the submodule would be loaded under the other one.
-            sys.modules["autoattack"] = pyautoattack
-            sys.modules["autoattack.state"] = pyautoattack.state
-        import robustbench
-        import robustbench.eval
-    return robustbench
+            # The submodule too, or a second copy of it would be loaded under the other name.
+            for name in ("pyautoattack", "pyautoattack.state"):
+                sys.modules[name.removeprefix("py")] = import_module(name)
+        import_module("robustbench.eval")
+    return import_module("robustbench")

@@ -186,7 +186,7 @@ def _leaderboard(options: argparse.Namespace) -> int:
     if options.write and not options.eval:
         raise RobustkitError("--write needs a result to write; give it with --eval EVAL.json.")
     evaluation = read_evaluation(options.eval) if options.eval else None
-    norm = options.norm or (evaluation.threat.ball.norm if evaluation else "Linf")
+    norm = options.norm or (leaderboard.norm_of(evaluation) if evaluation else "Linf")
     board = leaderboard.load(options.data, norm).select(
         extra_data=options.extra_data, synthetic=options.synthetic, architecture=options.architecture
     )
@@ -202,8 +202,10 @@ def _leaderboard(options: argparse.Namespace) -> int:
     if evaluation and found:
         print(f"\n{_standing_text(evaluation, board, found)}")
     if options.write:
-        print(f"written: {options.write}; fill in what is null, and say in its footnote if the training images "
-              "were synthetic")
+        print(
+            f"written: {options.write}; fill in what is null, and say in its footnote if the training images "
+            "were synthetic"
+        )
     return 0
 
 

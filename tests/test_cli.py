@@ -25,7 +25,7 @@ from robustkit.train import RECIPES
 from tests.oracle import evaluation
 
 Run = Callable[..., tuple[int, str, str]]
-COMMANDS = ("doctor", "train", "evaluate", "report")
+COMMANDS = ("doctor", "train", "evaluate", "report", "leaderboard")
 
 
 @pytest.fixture(autouse=True)
@@ -101,7 +101,7 @@ except SystemExit:
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "False"
-    assert all(re.search(rf"^  +{command} ", done.stdout, re.MULTILINE) for command in COMMANDS)
+    assert all(re.search(rf"^  +{command}( |$)", done.stdout, re.MULTILINE) for command in COMMANDS)
 
 
 def test_it_runs_as_a_module_and_knows_its_version():
