@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ImportError as error:
         return _complain(f"{error}; `pip install robustkit` brings what it needs.", 2)
     except KeyboardInterrupt:
-        return _complain("interrupted; no result was half-written, and `train --resume` goes on.", 130)
+        return _complain("interrupted; no result was half-written, and --resume goes on.", 130)
 
 
 def _complain(sentence: str, status: int) -> int:
@@ -133,10 +133,16 @@ def _evaluate(options: argparse.Namespace) -> int:
     if options.eps is None and norm != usual_norm:
         raise RobustkitError(f"{norm} has no usual size on {options.data}; give --eps, e.g. --eps 1.5.")
     ball = Ball(norm, usual_eps if options.eps is None else options.eps)
-    attacks = evaluate.find_attacks(options.attacks)
+    attacks = (
+        evaluate.find_protocol(options.protocol)
+        if options.protocol
+        else evaluate.find_attacks(options.attacks)
+    )
     tier = options.tier or device.tier()
     out: Path = options.out or options.weights.parent / "eval.json"
     _check_writable(out)
+    journal = out.with_name(f"{out.name}.partial")
+    _check_result(out, journal, resume=options.resume)
     place = device.pick_device()
     name = options.model or usual_model
     model = models.load_weights(models.build(name), options.weights).to(place)
@@ -144,21 +150,24 @@ def _evaluate(options: argparse.Namespace) -> int:
     limit = _IMAGES[tier] if options.n is None else options.n
     images = data.load(options.data, options.split, limit=limit, seed=options.seed, device=place)
     _check_fits(model, name, images)
-    evaluation = evaluate.evaluate(
-        model,
-        images,
-        ball,
-        attacks,
-        model_name=_model_name(options.weights),
-        tier=tier,
-        seed=options.seed,
-        runner=scale.ranks if scale.world() > 1 else evaluate.in_turn,
-        progress=scale.rank() == 0,
-    )
+    with scale.journal_of_rank(journal) as path:
+        evaluation = evaluate.evaluate(
+            model,
+            images,
+            ball,
+            attacks,
+            model_name=_model_name(options.weights),
+            tier=tier,
+            seed=options.seed,
+            runner=scale.ranks if scale.world() > 1 else evaluate.in_turn,
+            journal=path,
+            progress=scale.rank() == 0,
+        )
     if scale.rank() > 0:
         return 0
-    evaluation = replace(evaluation, notes=(f"{name}, weights sha256 {digest[:16]}",))
+    evaluation = replace(evaluation, notes=(f"{name}, weights sha256 {digest[:16]}", *evaluation.notes))
     write_atomically(out, f"{evaluation.to_json()}\n".encode())
+    journal.unlink()
     print(evaluation.to_json() if options.json else _evaluation_text(evaluation, out))
     return 0
 
@@ -227,6 +236,19 @@ def _check_run_folder(out: Path, *, resume: bool) -> None:
         )
     if resume and not found:
         print(f"robustkit: {out} holds no run yet; starting from the beginning.", file=sys.stderr)
+
+
+def _check_result(out: Path, journal: Path, *, resume: bool) -> None:
+    """Refuse to mix two evaluations, or to lose one. Raises: RobustkitError."""
+    if journal.exists() and not resume:
+        raise RobustkitError(
+            f"{journal} holds an evaluation that is not finished; go on with it by --resume, delete it, "
+            "or choose another file with --out."
+        )
+    if out.exists() and not journal.exists():
+        raise RobustkitError(f"{out} already holds a result; delete it, or choose another file with --out.")
+    if resume and not journal.exists():
+        print(f"robustkit: {journal} is not there; starting from the beginning.", file=sys.stderr)
 
 
 def _check_writable(out: Path) -> None:
@@ -484,15 +506,20 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SIZE",
         help="size of the ball (default 0.3 on digits, 8/255 on CIFAR-10)",
     )
-    evaluate.add_argument(
+    which = evaluate.add_mutually_exclusive_group()
+    which.add_argument(
         "--attacks", default="fgsm,pgd-40", help="attacks in order, by comma (default fgsm,pgd-40)"
     )
+    which.add_argument("--protocol", metavar="NAME", help="a list of attacks with a name: quick")
     evaluate.add_argument(
         "--n", type=int, metavar="N", help="images drawn from the split (default 200, 1,000 or all, by tier)"
     )
     evaluate.add_argument("--seed", **seed)
     evaluate.add_argument("--tier", **tier)
     evaluate.add_argument("--out", type=Path, metavar="FILE", help="default: eval.json beside the weights")
+    evaluate.add_argument(
+        "--resume", action="store_true", help="go on with the evaluation that was to write that file"
+    )
 
     report = add(
         "report",

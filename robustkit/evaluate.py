@@ -3,25 +3,42 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
+import math
+import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
+from robustkit import __version__
 from robustkit.attacks import Attack, fgsm, pgd, rs_fgsm
 from robustkit.attacks.library import LIBRARY
 from robustkit.data import Dataset
-from robustkit.device import Model, attackable, hardware, seeded, strict_fp32
+from robustkit.device import Model, attackable, hardware, prepare, seeded, strict_fp32
 from robustkit.errors import RobustkitError
+from robustkit.journal import Done, Journal, opened
 from robustkit.losses import margin
-from robustkit.results import CLEAN, AttackRun, Evaluation
-from robustkit.threat import Ball, PerturbationSet, check_batch, check_logits, white_box
+from robustkit.results import CLEAN, AttackRun, Evaluation, Hardware
+from robustkit.threat import (
+    KNOWLEDGE,
+    Ball,
+    PerturbationSet,
+    ThreatModel,
+    check_batch,
+    check_logits,
+    check_no_probabilities,
+    check_places,
+    check_units,
+)
 
 ATTACKS: dict[str, Attack] = {
     "fgsm": fgsm,
@@ -32,16 +49,34 @@ ATTACKS: dict[str, Attack] = {
 }
 
 
+# Lists of attacks with a name, strongest statement last; a result made with one carries its name.
+PROTOCOLS: dict[str, Mapping[str, Attack]] = {
+    "quick": {name: ATTACKS[name] for name in ("fgsm", "pgd-40")},
+}
+
+# What an attack must know, where it is less than everything.
+_KNOWLEDGE: dict[Any, str] = {}
+
+# A model whose logits change from one call to the next is asked this often for each verdict.
+DRAWS = 10
+
+PROBED = 32  # images that a model is tried on before the work begins
+
+
 def predict(model: Model, x: Tensor, y: Tensor) -> Tensor:
     """Whether each example is classified right, in strict float32 and eval mode.
 
     A tie between the true class and another counts against the model.
     Shapes: (n, ...), (n,) -> bool (n,). Raises: RobustkitError on unusable logits.
     """
-    with torch.no_grad(), strict_fp32(), attackable(model):
-        logits = model(x)
+    logits = _strict_logits(model, x)
     check_logits(logits, y)
     return margin(logits, y) < 0
+
+
+def _strict_logits(model: Model, x: Tensor) -> Tensor:
+    with torch.no_grad(), strict_fp32(), attackable(model):
+        return model(x)
 
 
 @dataclass(frozen=True)
@@ -56,26 +91,41 @@ class Job:
 class Attacker:
     """The work of an evaluation: a job in, the positions of the images that it broke out.
 
-    Everything random follows from (seed, attack, first row), so it does not matter where or when, or in
-    which order, jobs are done.
+    Attacks search on `search`, which `device.prepare` made of `model`; verdicts come from `model`. An
+    image is broken when any of `draws` predictions of its candidate is wrong. Everything random, the
+    model's own draws from torch's global generator included, follows from (seed, attack, first row), so
+    it does not matter where or when, or in which order, jobs are done.
     """
 
     model: Model
+    search: Model
     data: Dataset
     ball: PerturbationSet
     attacks: Mapping[str, Attack]
     seed: int
+    draws: int = 1
 
     def __call__(self, job: Job) -> list[int]:
         rows = torch.tensor(job.rows, device=self.data.x.device)
         x, y = self.data.x[rows], self.data.y[rows]
-        generator = seeded(self.seed, job.attack, job.rows[0], device=x.device)
-        # Copies: an attack that changes its input in place would otherwise be measured from there.
-        candidates = self.attacks[job.attack](
-            self.model, x.clone(), y.clone(), self.ball, generator=generator
-        )
-        check_candidates(job.attack, x, candidates, self.ball)
-        return rows[~predict(self.model, candidates, y)].tolist()
+        key = self.seed, job.attack, job.rows[0]
+        generator = seeded(*key, device=x.device)
+        with _global_random_state(x.device, *key):
+            # Copies: an attack that changes its input in place would otherwise be measured from there.
+            candidates = self.attacks[job.attack](
+                self.search, x.clone(), y.clone(), self.ball, generator=generator
+            )
+            check_candidates(job.attack, x, candidates, self.ball)
+            right = [predict(self.model, candidates, y) for _ in range(self.draws)]
+        return rows[~torch.stack(right).all(0)].tolist()
+
+
+@contextmanager
+def _global_random_state(device: torch.device, *key: int | str) -> Iterator[None]:
+    """torch's global generators seeded by `key` inside, for models that draw from them; as before outside."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seeded(*key, "model").initial_seed())
+        yield
 
 
 class Runner(Protocol):
@@ -103,6 +153,7 @@ def evaluate(
     seed: int = 0,
     batch_size: int = 250,
     runner: Runner = in_turn,
+    journal: Path | None = None,
     progress: bool = True,
 ) -> Evaluation:
     """Robust accuracy as the worst case over `attacks`, example by example.
@@ -110,44 +161,157 @@ def evaluate(
     Attacks run in the given order; each meets only the examples that survived the earlier ones. An
     attack proposes candidates; `Attacker` measures them against the ball and predicts them again
     in strict float32, so that nothing an attack says about its own success counts.
+    With `journal`, every finished batch is one line of that file: the same call after a kill goes on
+    from there and gives the result of an uninterrupted one, but for the seconds. The file stays; remove
+    it once the result is stored. When memory runs out the batches are halved, and the notes say so.
+    A model whose logits change from call to call gets `DRAWS` predictions for each verdict, clean ones
+    included, and one wrong prediction breaks the image: the attacker may try again. The notes say so.
     Source: Croce & Hein 2020 (arXiv 2003.01690), section 5, for the worst case per example.
     Randomness: each batch's generator follows from (seed, attack, first example).
-    Raises: RobustkitError when there is no attack, when the batch is unusable, when an attack returns
-    another shape, NaN, or a candidate outside the ball or the box.
+    Raises: RobustkitError when there is no attack, when batch, ball or model are unusable (see `threat`),
+    when an attack returns another shape, NaN, or a candidate outside the ball or the box, or when
+    `journal` is that of another evaluation.
     """
     if not attacks:
         raise RobustkitError("an evaluation needs at least one attack; give one, e.g. fgsm.")
+    if CLEAN in attacks:
+        raise RobustkitError(f"an attack cannot be called {CLEAN!r}, the name of no attack; rename it.")
+    if batch_size < 1:
+        raise RobustkitError(f"batch_size must be at least 1; got {batch_size}.")
     check_batch(data.x, data.y)
+    check_units(ball, data.x)
+    check_places(model, data.x, data.y)
+    probes = [_strict_logits(model, data.x[:PROBED]) for _ in range(2)]
+    check_logits(probes[0], data.y[:PROBED], classes=len(data.classes))
+    check_no_probabilities(probes[0])
+    steady = bool((probes[0] - probes[1]).abs().max() <= 1e-4 * probes[0].abs().max())
+    settings = {name: _parameters(attack) for name, attack in attacks.items()}
+    work = Attacker(
+        model,
+        prepare(model, data.x[:batch_size]),
+        data,
+        ball,
+        {CLEAN: _untouched, **attacks},
+        seed,
+        1 if steady else DRAWS,
+    )
+    header = {
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "hardware": asdict(hardware(data.x.device)),
+        "identity": {
+            "robustkit": __version__,
+            "model": model_name,
+            "weights": _digest(model.state_dict().values()) if isinstance(model, nn.Module) else "",
+            "logits": probes[0][:4].flatten().tolist() if steady else None,
+            "data": str(data.provenance),
+            "images": _digest([data.x, data.y, torch.tensor(data.indices)]),
+            "ball": repr(ball),
+            "attacks": [[name, _origin(attack), settings[name]] for name, attack in attacks.items()],
+            "seed": seed,
+            "tier": tier,
+            "batch size": batch_size,
+        },
+    }
     broken_by: list[str | None] = [None] * len(data)
-    for rows in torch.arange(len(data)).split(batch_size):
-        right = predict(model, data.x[rows], data.y[rows]).cpu()
-        for row in rows[~right].tolist():
-            broken_by[row] = CLEAN
-    work, runs = Attacker(model, data, ball, attacks, seed), []
-    for name, attack in attacks.items():
-        started = time.perf_counter()
-        left = [row for row, verdict in enumerate(broken_by) if verdict is None]
-        jobs = [Job(name, tuple(left[i : i + batch_size])) for i in range(0, len(left), batch_size)]
-        bar = tqdm(total=len(left), desc=name, unit="image", disable=not progress, file=sys.stderr)
-        for job, broken in runner(work, jobs):
-            for row in broken:
-                broken_by[row] = name
-            bar.update(len(job.rows))
-            bar.set_postfix(robust=f"{broken_by.count(None) / len(broken_by):.1%}")
-        bar.close()
-        runs.append(AttackRun(name, _parameters(attack), time.perf_counter() - started))
+    with opened(journal, header) as record:
+        for number, name in enumerate(work.attacks):
+            left = [row for row, verdict in enumerate(broken_by) if verdict is None]
+            label = f"{name} ({number}/{len(attacks)})" if number else name
+            with tqdm(
+                total=len(left), desc=label, unit="image", disable=not progress, file=sys.stderr
+            ) as bar:
+                for done in _finish(work, name, left, record, runner, batch_size):
+                    for row in done.broken:
+                        broken_by[row] = name
+                    bar.update(len(done.rows))
+                    bar.set_postfix(robust=f"{broken_by.count(None) / len(broken_by):.1%}")
     return Evaluation(
         model=model_name,
-        threat=white_box(ball),
+        threat=ThreatModel(ball, strongest_knowledge(attacks), goal="untargeted", queries=None),
         data=data.provenance,
         indices=tuple(int(i) for i in data.indices),
-        attacks=tuple(runs),
+        attacks=tuple(
+            AttackRun(name, settings[name], sum(done.seconds for done in record.done if done.attack == name))
+            for name in attacks
+        ),
         broken_by=tuple(broken_by),
         seed=seed,
         tier=tier,
-        hardware=hardware(data.x.device),
-        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        hardware=Hardware(**record.header["hardware"]),
+        created=record.header["created"],
+        notes=tuple(_notes(model, steady, record, data.x.device, batch_size)),
+        protocol=_protocol_of(attacks),
     )
+
+
+def _finish(
+    work: Attacker, attack: str, rows: Sequence[int], journal: Journal, runner: Runner, batch_size: int
+) -> Iterator[Done]:
+    """All jobs of one attack on `rows`: those in the journal first, then the others, which are written there.
+
+    Out of memory, the batches that are left are halved, for later attacks as well.
+    """
+    size = min([batch_size, *(done.batch_size for done in journal.done)])
+    before = journal.of(attack, rows)
+    yield from before
+    left = _without(rows, before)
+    started = time.perf_counter()
+    while left:
+        jobs = [Job(attack, tuple(left[i : i + size])) for i in range(0, len(left), size)]
+        try:
+            for job, broken in runner(work, jobs):
+                now = time.perf_counter()
+                done = Done(attack, job.rows, tuple(broken), now - started, size)
+                journal.write(done)
+                left, started = _without(left, [done]), now
+                yield done
+        except torch.OutOfMemoryError as error:
+            size = min(size, len(left)) // 2
+            if size == 0:
+                raise RobustkitError(
+                    f"{attack} runs out of memory on a single image; "
+                    "use a device with more memory, or a smaller model."
+                ) from error
+
+
+def _without(rows: Sequence[int], finished: Sequence[Done]) -> list[int]:
+    gone = {row for done in finished for row in done.rows}
+    return [row for row in rows if row not in gone]
+
+
+def _untouched(
+    model: Model, x: Tensor, y: Tensor, ball: PerturbationSet, *, generator: torch.Generator | None = None
+) -> Tensor:
+    """The attack behind the verdict "clean": no perturbation."""
+    return x
+
+
+def _notes(
+    model: Model, steady: bool, journal: Journal, device: torch.device, batch_size: int
+) -> Iterator[str]:
+    """What a reader must know about how the figure came about."""
+    if isinstance(model, nn.Module) and any(module.training for module in model.modules()):
+        yield "the model came in train mode and was evaluated in eval mode"
+    if not steady:
+        yield (
+            f"the model's logits change from call to call: an image counts as broken when any of {DRAWS} "
+            "predictions is wrong, clean ones included"
+        )
+    begun, here = Hardware(**journal.header["hardware"]), hardware(device)
+    if begun != here:
+        yield f"begun on {begun}, and gone on with on {here}"
+    smallest = min(done.batch_size for done in journal.done)
+    if smallest < batch_size:
+        yield f"out of memory: batches went down from {batch_size} to {smallest} images"
+
+
+def _digest(tensors: Iterable[Tensor]) -> str:
+    """The sha256 of the tensors' types, shapes and bytes."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def check_candidates(name: str, x: Tensor, candidates: Tensor, ball: PerturbationSet) -> None:
@@ -189,10 +353,45 @@ def _parameters(attack: Attack) -> dict[str, Any]:
     """The settings that a partial fixes; a plain function runs with its documented defaults."""
     if not isinstance(attack, partial):
         return {}
-    return {
-        key: value if isinstance(value, int | float | str) else repr(value)
-        for key, value in attack.keywords.items()
-    }
+    return {key: _setting(value) for key, value in attack.keywords.items()}
+
+
+def _setting(value: Any) -> Any:
+    """A setting as JSON has it, and the same in every process: no address in memory."""
+    if value is None or isinstance(value, int | str) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    if isinstance(value, Tensor):
+        return f"tensor {tuple(value.shape)}, sha256 {_digest([value])[:16]}"
+    return getattr(value, "__name__", None) or re.sub(r" at 0x[0-9a-f]+", "", repr(value))
+
+
+def _function(attack: Attack) -> Any:
+    return attack.func if isinstance(attack, partial) else attack
+
+
+def _origin(attack: Attack) -> str:
+    """Where the code of an attack is."""
+    function = _function(attack)
+    return f"{function.__module__}.{getattr(function, '__qualname__', type(function).__qualname__)}"
+
+
+def strongest_knowledge(attacks: Mapping[str, Attack]) -> str:
+    """What the most knowing of the attacks needs: the `knowledge` of an evaluation's threat model."""
+    known = {_KNOWLEDGE.get(_function(attack), "white-box") for attack in attacks.values()}
+    return min(known, key=KNOWLEDGE.index)
+
+
+def _protocol_of(attacks: Mapping[str, Attack]) -> str | None:
+    """The name of the protocol that consists of these attacks, in this order."""
+    names = [name for name, of in PROTOCOLS.items() if [*of.items()] == [*attacks.items()]]
+    return names[0] if names else None
+
+
+def find_protocol(name: str) -> Mapping[str, Attack]:
+    """A protocol by name. Raises: RobustkitError for one that is unknown."""
+    if name not in PROTOCOLS:
+        raise RobustkitError(f"protocol {name!r} is unknown; choose from {', '.join(PROTOCOLS)}.")
+    return PROTOCOLS[name]
 
 
 def find_attacks(names: str) -> dict[str, Attack]:

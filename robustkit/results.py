@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Self, get_args, get_origin, get_type_hints
@@ -129,7 +129,8 @@ class Evaluation:
     tier: str
     hardware: Hardware
     created: str
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
+    protocol: str | None = None  # the name of the list of attacks, where it is one of evaluate.PROTOCOLS
 
     def __post_init__(self) -> None:
         if not self.broken_by:
@@ -223,7 +224,12 @@ def _build(kind: Any, value: Any, name: str) -> Any:
         hints = get_type_hints(kind)
         made: Any = kind
         return made(
-            **{part.name: _build(hints[part.name], value[part.name], part.name) for part in fields(kind)}
+            **{
+                part.name: _build(hints[part.name], value[part.name], part.name)
+                for part in fields(kind)
+                if part.name in value
+                or part.default is MISSING  # what has a default came with a later version
+            }
         )
     arguments = get_args(kind)
     if get_origin(kind) is tuple and isinstance(value, list):

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import datetime
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -96,6 +98,22 @@ def shared(task: Callable[[], T]) -> list[T]:
         if complaint is not None:
             raise RobustkitError(f"rank {number} stopped: {complaint}")
     return [answer for answer, _ in answers]  # type: ignore[misc]  # without a complaint there is a result
+
+
+@contextmanager
+def journal_of_rank(path: Path) -> Iterator[Path]:
+    """The journal at `path` on rank 0, a passing copy of it elsewhere: all go on from the same place, one writes.
+
+    No rank begins to write before every rank has come here.
+    """
+    there = shared(lambda: path.read_bytes() if path.exists() else b"")[0]
+    if rank() == 0:
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / path.name
+        copy.write_bytes(there)
+        yield copy
 
 
 @contextmanager

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from robustkit.device import Model
+
 NORMS = ("Linf", "L2")
 KNOWLEDGE = ("white-box", "score-based", "label-only", "transfer")
 GOALS = ("untargeted", "targeted")
@@ -281,7 +283,40 @@ def check_batch(x: Tensor, y: Tensor) -> None:
         raise RobustkitError(f"labels must not be negative; got {y.min().item()}.")
 
 
-def check_logits(logits: Tensor, y: Tensor) -> None:
+def check_units(ball: PerturbationSet, x: Tensor) -> None:
+    """Refuse an eps that can only be meant in units of 0..255: beyond what images in [0, 1] can tell apart.
+
+    The limit is the distance between the two farthest images, 1 for Linf and sqrt(pixels) for L2; for L1,
+    where 12 * 255 still falls below it on CIFAR-10, half of it. Raises: RobustkitError above the limit.
+    """
+    if not isinstance(ball, Ball):
+        return
+    pixels = x[0].numel()
+    limit = {"Linf": 1.0, "L2": math.sqrt(pixels), "L1": max(pixels / 2, 1.0)}[ball.norm]
+    if ball.eps > limit:
+        raise RobustkitError(
+            f"eps {ball.eps:g} is larger than any {ball.norm} attack on {pixels} pixels in [0, 1] needs "
+            f"({limit:.4g}); if it counts grey levels of 0..255, write {ball.eps:g}/255."
+        )
+
+
+def check_places(model: Model, x: Tensor, y: Tensor) -> None:
+    """Refuse images, labels and a model that are on different devices. Raises: RobustkitError."""
+    from torch import nn
+
+    if y.device != x.device:
+        raise RobustkitError(f"x is on {x.device} and y on {y.device}; move them to one device.")
+    if not isinstance(model, nn.Module):
+        return
+    places = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
+    if places and x.device not in places:
+        raise RobustkitError(
+            f"the images are on {x.device}, the model on {', '.join(sorted(map(str, places)))}; "
+            "move one to the other, e.g. model.to(x.device)."
+        )
+
+
+def check_logits(logits: Tensor, y: Tensor, *, classes: int | None = None) -> None:
     """Refuse model output that cannot be a logit for each class.
 
     Raises: RobustkitError when the shape is not (n, classes), a label is out of range, or a value is NaN.
@@ -294,7 +329,25 @@ def check_logits(logits: Tensor, y: Tensor) -> None:
         raise RobustkitError(
             f"label {y.max().item()} is out of range: the model has {logits.shape[1]} classes, numbered from 0."
         )
+    if classes is not None and logits.shape[1] != classes:
+        raise RobustkitError(
+            f"the model has {logits.shape[1]} classes and the data have {classes}; "
+            "evaluate it on the data that it was trained for."
+        )
     if logits.isnan().any():
         raise RobustkitError(
             "the model returned NaN logits; a verdict on them would be arbitrary. Check its weights."
+        )
+
+
+def check_no_probabilities(logits: Tensor) -> None:
+    """Refuse probabilities: on them cross-entropy and DLR mislead an attack, and robustness looks too good.
+
+    Shapes: logits (n, classes). Raises: RobustkitError when every row lies in [0, 1] and sums to 1.
+    """
+    inside = (logits >= 0) & (logits <= 1)
+    if inside.all() and ((logits.sum(1) - 1).abs() <= 1e-5).all():
+        raise RobustkitError(
+            "the model returns probabilities (each row lies in [0, 1] and sums to 1); "
+            "return logits: leave out the softmax."
         )

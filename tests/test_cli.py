@@ -240,7 +240,7 @@ def test_an_interruption_is_a_sentence_and_status_130(run, monkeypatch):
 
     monkeypatch.setattr("robustkit.train.train", interrupted)
     monkeypatch.setattr("robustkit.data.load", lambda *arguments, **settings: None)
-    assert "`train --resume` goes on" in sentence(run("train", "mnist-clean"), status=130)
+    assert "--resume goes on" in sentence(run("train", "mnist-clean"), status=130)
 
 
 # --- evaluate --------------------------------------------------------------------------------------
@@ -295,9 +295,9 @@ def test_the_usual_ball_and_number_of_images_follow_data_and_tier(run, weights):
         "--n",
         "5",
         "--out",
-        "e.json",
+        "l2.json",
     )
-    assert str(read_evaluation(Path("e.json")).threat.ball) == "L2 eps=0.5"
+    assert str(read_evaluation(Path("l2.json")).threat.ball) == "L2 eps=0.5"
 
 
 def test_evaluate_writes_beside_the_weights_unless_told_otherwise(run, tmp_path):
@@ -305,6 +305,95 @@ def test_evaluate_writes_beside_the_weights_unless_told_otherwise(run, tmp_path)
     robustkit.save_weights(robustkit.build("mnist_cnn"), path)
     assert run("evaluate", path, *SMALL)[0] == 0
     assert read_evaluation(tmp_path / "mine" / "eval.json").model == "net"
+
+
+def test_a_result_and_a_journal_are_not_overwritten(run, weights):
+    command = ("evaluate", weights, *SMALL, "--out", "eval.json")
+    assert run(*command)[0] == 0
+    result, journal = Path("eval.json"), Path("eval.json.partial")
+    assert not journal.exists()
+    before = result.read_bytes()
+    for more in ([], ["--resume"]):
+        said = sentence(run(*command, *more))
+        assert "eval.json already holds a result; delete it, or choose another file with --out" in said
+    assert result.read_bytes() == before
+
+    # Killed between the result and the removal of the journal, or before the result: --resume finishes.
+    journal.write_bytes(b"")
+    assert (
+        "eval.json.partial holds an evaluation that is not finished; go on with it by --resume"
+        in sentence(run(*command))
+    )
+    for _ in range(2):
+        status, _, err = run(*command, "--resume")
+        assert status == 0, err
+        assert not journal.exists()
+        assert json.loads(result.read_text())["broken_by"] == json.loads(before)["broken_by"]
+        result.unlink()
+    assert "is not there; starting from the beginning" in err
+
+
+def test_resume_belongs_to_the_same_settings(run, weights, monkeypatch):
+    command = ("evaluate", weights, *SMALL, "--out", "eval.json")
+    real = cli.write_atomically
+
+    def killed(path, content):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "write_atomically", killed)
+    assert "--resume goes on" in run(*command)[2].splitlines()[-1]
+    monkeypatch.setattr(cli, "write_atomically", real)
+    journal = Path("eval.json.partial").read_bytes()
+    said = run(*command, "--resume", "--seed", "3")[2].splitlines()[-1]
+    assert "is the journal of another evaluation (" in said
+    assert "seed 0 there, 3 here" in said
+    assert Path("eval.json.partial").read_bytes() == journal
+    assert run(*command, "--resume")[0] == 0
+    assert [path.name for path in Path().glob("eval.json*")] == ["eval.json"]
+
+
+@pytest.mark.slow
+def test_a_killed_evaluation_resumes_to_the_result_of_an_uninterrupted_one(run, weights, tmp_path):
+    command = ("evaluate", str(weights), "--data", "mnist", "--n", "300", "--attacks", "fgsm,pgd-40", "--out")
+
+    def start(*more: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "robustkit", *command, "cut.json", *more],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    journal, limit = tmp_path / "cut.json.partial", time.monotonic() + 60
+    with start() as killed:
+        while killed.poll() is None and time.monotonic() < limit:
+            if journal.exists() and journal.read_bytes().count(b"\n") >= 3:
+                break
+            time.sleep(0.002)
+        killed.kill()
+        assert killed.wait(30) == -signal.SIGKILL  # it was at work, not done
+    assert journal.exists()
+    assert not (tmp_path / "cut.json").exists()
+
+    with start("--resume") as resumed:
+        _, err = resumed.communicate(timeout=120)
+        assert resumed.returncode == 0, err
+    assert not journal.exists()
+
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)  # sums are ordered by the number of threads
+        assert run(*command, "whole.json")[0] == 0
+    finally:
+        torch.set_num_threads(threads)
+    cut, whole = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("cut", "whole"))
+    for record in (cut, whole):
+        del record["created"]
+        for attack in record["attacks"]:
+            del attack["seconds"]
+    assert cut == whole
+    assert cut["summary"]["clean"]["k"] > cut["summary"]["robust"]["k"]
 
 
 @pytest.mark.parametrize(
