@@ -99,7 +99,7 @@ def test_two_ranks_evaluate_to_what_one_process_does(tmp_path, capsys):
     command += ["--attacks", "fgsm,pgd-10", "--json"]
     done = torchrun("robustkit", *command, "--out", tmp_path / "two.json")
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("pgd-10:   0%") == 1  # a progress bar on rank 0 alone
+    assert done.stderr.count("pgd-10 (2/2):   0%") == 1  # a progress bar on rank 0 alone
     assert cli.main([*map(str, command), "--out", str(tmp_path / "one.json")]) == 0
     found = timeless(done.stdout)
     assert found == timeless(capsys.readouterr().out)
