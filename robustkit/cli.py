@@ -195,7 +195,7 @@ def _leaderboard(options: argparse.Namespace) -> int:
     if options.write and not options.eval:
         raise RobustkitError("--write needs a result to write; give it with --eval EVAL.json.")
     evaluation = read_evaluation(options.eval) if options.eval else None
-    norm = options.norm or (leaderboard.norm_of(evaluation) if evaluation else "Linf")
+    norm = options.norm or (evaluation.threat.ball.norm if evaluation else "Linf")
     board = leaderboard.load(options.data, norm).select(
         extra_data=options.extra_data, synthetic=options.synthetic, architecture=options.architecture
     )

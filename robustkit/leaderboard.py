@@ -18,7 +18,7 @@ from typing import Any
 
 from robustkit.errors import RobustkitError
 from robustkit.results import Evaluation, Interval
-from robustkit.threat import Ball, white_box
+from robustkit.threat import white_box
 
 EPS = {("cifar10", "Linf"): "8/255", ("cifar10", "L2"): "0.5"}  # as the published files write it
 IMAGES = 10_000  # RobustBench measures on the whole test split
@@ -161,11 +161,6 @@ def place(robust: Interval, entries: Iterable[Entry]) -> Standing:
     )
 
 
-def norm_of(evaluation: Evaluation) -> str:
-    """The norm whose leaderboard an evaluation asks for: Linf, which then refuses it, where it has none."""
-    return str(getattr(evaluation.threat.ball, "norm", "Linf"))
-
-
 def standing(evaluation: Evaluation, board: Leaderboard) -> Standing:
     """Where an evaluated model would stand; `notes` hold what makes it less than a RobustBench figure.
 
@@ -194,7 +189,7 @@ def to_robustbench(
     sets the figure apart from RobustBench's (fewer images, other pixels) is added to it.
     Raises: RobustkitError when the figure is none that RobustBench ranks; see `standing`.
     """
-    board = load("cifar10", norm_of(evaluation))
+    board = load("cifar10", evaluation.threat.ball.norm)
     _comparable(evaluation, board)
     robust = f"{100 * evaluation.robust.share:.2f}"
     return {
@@ -222,9 +217,9 @@ def _comparable(evaluation: Evaluation, board: Leaderboard) -> None:
     """Raises: RobustkitError, with the one difference that forbids a comparison."""
     over, _, under = board.eps.partition("/")
     ball, data = evaluation.threat.ball, evaluation.data
-    same = isinstance(ball, Ball) and ball.norm == board.norm
+    eps = float(over) / float(under or 1)
     ranked = f"RobustBench ranks {board.dataset} at {board.norm} eps={board.eps}"
-    if not same or not math.isclose(ball.eps, float(over) / float(under or 1), rel_tol=1e-6):
+    if ball.norm != board.norm or not math.isclose(ball.eps, eps, rel_tol=1e-6):
         raise RobustkitError(f"not comparable: measured at {ball}; {ranked}.")
     if evaluation.threat != white_box(ball):
         raise RobustkitError(

@@ -21,7 +21,7 @@ from robustkit import cli, leaderboard
 from robustkit.errors import RobustkitError
 from robustkit.leaderboard import EPS, PARTS, Entry, Leaderboard, fallen, load, place, standing
 from robustkit.results import Evaluation, Interval, Provenance, read_evaluation
-from robustkit.threat import Ball, ThreatModel
+from robustkit.threat import Ball, RotationTranslation, ThreatModel
 from tests.oracle import evaluation
 
 PACKAGE = Path(robustkit.__file__).parent
@@ -243,6 +243,11 @@ def test_a_rank_is_one_more_than_the_number_of_better_entries():
         )
 
 
+def test_a_tie_is_a_tie_at_every_share_that_can_be_published():
+    for k in range(10_001):
+        assert place(Interval(k, 10_000), [entry("same", float(f"{k / 100:.2f}"))]).rank == 1
+
+
 def test_the_range_of_ranks_is_that_of_the_interval():
     robust = Interval(70, 100)
     # Wilson by hand: the roots of (p - 0.7)^2 = z^2 p (1 - p) / 100.
@@ -301,6 +306,7 @@ def test_fewer_images_and_other_pixels_are_said():
         ({"ball": Ball("Linf", 8 / 255)}, "measured at Linf eps=0.03137; RobustBench ranks cifar10 at L2"),
         ({"ball": Ball("L2", 0.25)}, "measured at L2 eps=0.25"),
         ({"ball": Ball("L2", 128 / 255)}, "measured at L2 eps=0.502"),
+        ({"ball": RotationTranslation(30, 3)}, "RobustBench ranks cifar10 at L2"),
         ({"data": replace(CIFAR10, dataset="MNIST")}, "measured on MNIST test"),
         ({"data": replace(CIFAR10, dataset="CIFAR-100")}, "measured on CIFAR-100 test"),
         ({"data": replace(CIFAR10, split="train")}, "measured on CIFAR-10 train"),
@@ -314,6 +320,19 @@ def test_what_cannot_be_compared_is_refused_in_a_sentence(changed, words):
     assert words in str(refused.value)
     assert str(refused.value).startswith("not comparable: ")
     assert "\n" not in str(refused.value)
+
+
+def test_the_attacks_that_count_are_autoattacks_standard_four():
+    from robustkit.attacks import library
+
+    assert tuple(f"autoattack-{part}" for part in library.AUTOATTACK_PARTS) == PARTS
+    assert {*PARTS, leaderboard.AUTOATTACK} <= set(library.LIBRARY)
+
+
+def test_a_threat_model_without_a_leaderboard_is_refused_in_a_sentence():
+    turned = measured(ball=RotationTranslation(30, 3))
+    with pytest.raises(RobustkitError, match="no leaderboard for cifar10 rotation-translation; choose one"):
+        leaderboard.to_robustbench(turned)
 
 
 @pytest.mark.parametrize(
