@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import platform
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
-from robustkit import __version__
+from robustkit import __version__, surgery
 from robustkit.errors import RobustkitError
+from robustkit.losses import margin
 from robustkit.results import Hardware
 
 Model = Callable[[Tensor], Tensor]  # images in [0, 1] to logits; an nn.Module or any other callable
@@ -121,25 +124,164 @@ def strict_fp32() -> Iterator[None]:
         torch.backends.cudnn.allow_tf32 = tf32
 
 
+# --- ready to be attacked ---------------------------------------------------------------------------
+
+
 class Prepared(nn.Module):
     """A model made ready to be attacked: calling it is quick, `strict` gives the verdicts.
 
     `search` is a frozen copy in the layout and precision that are fastest here; its logits guide an
     attack. `strict` is the model itself. An attack that drops a point once it is fooled must ask
     `confirmed` first: what fools the copy does not always fool the model.
+    As a module it is the copy alone: what a caller does to its modes, parameters or device leaves
+    `strict` as it is, so it can be handed to any library that takes an nn.Module.
     """
 
     def __init__(self, search: Model, strict: Model) -> None:
         super().__init__()
-        self.search, self.strict = search, strict
+        self.search = search
+        self._strict = (strict,)  # in a tuple, which nn.Module does not look into
+        self.eval()
+
+    @property
+    def strict(self) -> Model:
+        return self._strict[0]
+
+    def train(self, mode: bool = True) -> Self:
+        """Stays in eval mode, whose arithmetic the copy is made of."""
+        return super().train(False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.search(x)
 
 
-def prepare(model: Model, x: Tensor) -> Model:
-    """`model`, ready to be attacked on images like `x`."""
+class _Search(nn.Module):
+    """A simplified copy that takes images and gives logits in their own type, whatever is used inside."""
+
+    def __init__(self, model: nn.Module, layout: torch.memory_format, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.model, self.layout, self.dtype = model, layout, dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        images = x.contiguous(memory_format=self.layout)
+        if self.dtype == torch.float32:
+            logits: Tensor = self.model(images)
+        else:
+            with torch.autocast(x.device.type, self.dtype):
+                logits = self.model(images)
+        return logits.to(x.dtype)
+
+
+SAMPLE = 16  # images on which a copy must agree with its model
+
+# How far a copy may be from its model: logits by their largest size, input gradients by their norm.
+AGREEMENT = {torch.float32: (1e-4, 0.02), torch.bfloat16: (0.05, 0.3)}
+
+
+def prepare(model: Model, x: Tensor, *, precision: torch.dtype | None = None) -> Model:
+    """`model`, ready to be attacked on images like `x`: a `Prepared`, or `model` itself where none is safe.
+
+    The search copy has frozen parameters, is in eval mode, and does the same work in less time:
+    BatchNorm folded, a strided first convolution on pixel blocks, channels last (`surgery.py`), and
+    bfloat16 where the processor multiplies matrices in it. `precision` (float32 or bfloat16) overrides
+    the last. Nothing is timed and nothing is compiled: the copy follows from the model and the machine
+    alone, so that a resumed run gets the same one, and nobody waits for a compiler.
+    On the first images the copy's logits and input gradients must agree with the model's. The model itself
+    comes back when they do not, and when it is no nn.Module, cannot be copied or run, has no input
+    gradient, answers the same images differently, or is prepared already.
+    Call it before threads start: torch.fx changes nn.Module for a moment while it traces.
+    Shapes: x (n, c, h, w); for other shapes the parameters are frozen and the precision chosen.
+    Randomness: none; the global random state is put back.
+    """
+    if not isinstance(model, nn.Module) or isinstance(model, Prepared):
+        return model
+    sample = x[:SAMPLE].detach()
+    devices = [sample.device] if sample.device.type == "cuda" else []
+    for dtype in (fastest(sample.device), torch.float32) if precision is None else (precision,):
+        # A stranger's model may raise anything when it is copied, traced or called: it is then left alone.
+        with suppress(Exception), torch.random.fork_rng(devices=devices):
+            search = _search_copy(model, sample.shape[1:], dtype)
+            if _agree(search, model, sample, *AGREEMENT[dtype]):
+                return Prepared(search, model)
     return model
+
+
+def fastest(device: torch.device) -> torch.dtype:
+    """The precision in which this device searches fastest: bfloat16 where its matrix units take it.
+
+    Emulated bfloat16 (AVX-512 without the BF16 extension, GPUs before Ampere) is slower than float32.
+    """
+    if device.type == "cuda":
+        able = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        able = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if able else torch.float32
+
+
+def _search_copy(model: nn.Module, image: torch.Size, dtype: torch.dtype) -> nn.Module:
+    copied = copy.deepcopy(model).eval()
+    surgery.simplify(copied, image)
+    convolutional = len(image) == 3 and any(isinstance(layer, nn.Conv2d) for layer in copied.modules())
+    layout = torch.channels_last if convolutional else torch.contiguous_format
+    copied = copied.to(memory_format=layout)  # type: ignore[call-overload]
+    if dtype != torch.float32:
+        for layer in copied.modules():
+            if isinstance(layer, nn.Conv2d | nn.Linear):  # what autocast would convert at every call
+                layer.to(dtype)
+    return _Search(copied, layout, dtype).eval().requires_grad_(False)
+
+
+def _agree(search: Model, model: Model, x: Tensor, of_logits: float, of_gradients: float) -> bool:
+    """Whether a copy stands for its model on `x`, and the model for itself when it is asked again."""
+    with strict_fp32(), attackable(model):
+        logits, gradient = _answers(model, x)
+        repeated, _ = _answers(model, x)
+    found, leading = _answers(search, x)
+    return bool(
+        (repeated - logits).abs().max() <= 1e-5 * logits.abs().max()
+        and (found - logits).abs().max() <= of_logits * logits.abs().max()
+        and (leading - gradient).norm() <= of_gradients * gradient.norm()
+    )
+
+
+def _answers(model: Model, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits, and the input gradient of the margin between the first two: unlike cross-entropy's, it is large."""
+    with torch.enable_grad():
+        x = x.clone().requires_grad_(True)
+        logits = model(x)
+        (gradient,) = torch.autograd.grad(margin(logits, logits.detach().argmax(1)).sum(), x)
+    return logits.detach(), gradient
+
+
+BUDGET = 64 * 2**20  # bytes that a batch keeps for its backward pass on a CPU: more of them gain nothing
+
+
+def batch_size(model: Model, x: Tensor) -> int:
+    """How many images like `x` to attack at once: a power of two from 16 to 128 on a CPU, to 4096 on a GPU.
+
+    On a CPU the smallest batch that runs at full speed: fewer images waste time on overhead, more only
+    take memory. On a GPU what fits into half of the free memory.
+    Randomness: none; the global random state is put back.
+    """
+    sample, kept = x[:SAMPLE], 0
+
+    def weigh(tensor: Tensor) -> Tensor:
+        nonlocal kept
+        kept += tensor.nbytes
+        return tensor
+
+    with (
+        torch.random.fork_rng(devices=[x.device] if x.device.type == "cuda" else []),
+        attackable(model),
+        torch.autograd.graph.saved_tensors_hooks(weigh, lambda tensor: tensor),
+    ):
+        model(sample.detach().clone().requires_grad_(True))
+    if x.device.type == "cuda":
+        budget, most = torch.cuda.mem_get_info(x.device)[0] // 2, 4096
+    else:
+        budget, most = BUDGET, 128
+    fitting = budget * len(sample) // max(kept, 1)
+    return max(16, min(most, 1 << max(fitting.bit_length() - 1, 0)))
 
 
 def confirmed(model: Model, points: Tensor, y: Tensor, claimed: Tensor) -> Tensor:
@@ -151,5 +293,5 @@ def confirmed(model: Model, points: Tensor, y: Tensor, claimed: Tensor) -> Tenso
         return claimed
     held = claimed.clone()
     with torch.no_grad(), strict_fp32(), attackable(model.strict):
-        held[claimed] = model.strict(points[claimed]).argmax(1) != y[claimed]
+        held[claimed] = margin(model.strict(points[claimed]), y[claimed]) >= 0  # as `evaluate.predict`
     return held
