@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from robustkit import threat as threat
     from robustkit import train as train
     from robustkit.attacks import Attack as Attack
+    from robustkit.attacks.apgd import apgd as apgd
+    from robustkit.attacks.apgd import apgd_targeted as apgd_targeted
     from robustkit.attacks.fgsm import fgsm as fgsm
     from robustkit.attacks.fgsm import rs_fgsm as rs_fgsm
     from robustkit.attacks.pgd import pgd as pgd
@@ -60,7 +62,7 @@ if TYPE_CHECKING:
 _HOME = {
     name: module
     for module, names in {
-        "attacks": "attacks Attack fgsm pgd rs_fgsm",
+        "attacks": "attacks Attack apgd apgd_targeted fgsm pgd rs_fgsm",
         "data": "data Dataset load",
         "defences": "DEFENCES",
         "device": "TIERS pick_device seeded tier",

@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from robustkit import __version__
-from robustkit.attacks import Attack, fgsm, pgd, rs_fgsm
+from robustkit.attacks import Attack, apgd, apgd_targeted, fgsm, pgd, rs_fgsm
 from robustkit.attacks.library import LIBRARY
 from robustkit.data import Dataset
 from robustkit.device import Model, attackable, hardware, prepare, seeded, strict_fp32
 from robustkit.errors import RobustkitError
 from robustkit.journal import Done, Journal, opened
-from robustkit.losses import margin
+from robustkit.losses import dlr, margin
 from robustkit.results import CLEAN, AttackRun, Evaluation, Hardware
 from robustkit.threat import (
     KNOWLEDGE,
@@ -46,6 +46,9 @@ ATTACKS: dict[str, Attack] = {
     "pgd-10": partial(pgd, steps=10),
     "pgd-40": partial(pgd, steps=40),
     "pgd-100x10": partial(pgd, steps=100, restarts=10),
+    "apgd-ce": apgd,
+    "apgd-dlr": partial(apgd, loss=dlr),
+    "apgd-t": apgd_targeted,
 }
 
 

@@ -18,16 +18,17 @@ if TYPE_CHECKING:
 
     from robustkit.device import Model
 
-NORMS = ("Linf", "L2")
+NORMS = ("Linf", "L2", "L1")
 KNOWLEDGE = ("white-box", "score-based", "label-only", "transfer")
 GOALS = ("untargeted", "targeted")
 
 # How far float32 arithmetic alone can carry `x + delta` past eps: one rounding of a value in
-# [0, 1] per coordinate for Linf, the root of a few thousand of them for L2.
-TOLERANCE = {"Linf": 1e-6, "L2": 1e-5}
+# [0, 1] per coordinate for Linf, the root of a few thousand of them for L2, their sum for L1.
+TOLERANCE = {"Linf": 1e-6, "L2": 1e-5, "L1": 1e-4}
 
 
-def _per_example(size: Tensor, like: Tensor) -> Tensor:
+def per_example(size: Tensor, like: Tensor) -> Tensor:
+    """One value an example, shaped to multiply images. Shapes: (n,), (n, ...) -> (n, 1, ...)."""
     return size.view(-1, *[1] * (like.dim() - 1))
 
 
@@ -61,29 +62,38 @@ class Ball:
     def size(self, delta: Tensor) -> Tensor:
         """The norm of each example's perturbation. Shapes: (n, ...) -> (n,)."""
         flat = delta.flatten(1)
-        return flat.abs().amax(1) if self.norm == "Linf" else flat.norm(dim=1)
+        if self.norm == "Linf":
+            return flat.abs().amax(1)
+        return flat.norm(dim=1) if self.norm == "L2" else flat.abs().sum(1)
 
     def project(self, delta: Tensor) -> Tensor:
         """The nearest point of the ball: identity inside it, its surface outside it."""
         if self.norm == "Linf":
             return delta.clamp(-self.eps, self.eps)
+        if self.norm == "L1":
+            return _nearest_in_l1(delta, delta.abs(), self.eps)
         shrink = (self.eps / self.size(delta).clamp_min(1e-12)).clamp_max(1.0)
-        return delta * _per_example(shrink, delta)
+        return delta * per_example(shrink, delta)
 
     def steepest(self, gradient: Tensor) -> Tensor:
         """The perturbation of norm 1 along which a loss with this gradient rises fastest.
 
         Source: Boyd & Vandenberghe, Convex Optimization, section 9.4 (steepest descent in a norm).
-        A gradient of zero gives a step of zero.
+        A gradient of zero gives a step of zero. In L1 the step is along one coordinate, the steepest.
         """
         import torch
 
         if self.norm == "Linf":
             return gradient.sign()
+        if self.norm == "L1":
+            flat = gradient.flatten(1)
+            steepest = flat.abs().argmax(1, keepdim=True)
+            step = torch.zeros_like(flat).scatter(1, steepest, flat.gather(1, steepest).sign())
+            return step.view_as(gradient)
         # Divide by the largest entry first: squares of small gradients underflow in float32.
         largest = gradient.flatten(1).abs().amax(1)
-        scaled = gradient / _per_example(largest.clamp_min(torch.finfo(gradient.dtype).tiny), gradient)
-        return scaled / _per_example(scaled.flatten(1).norm(dim=1).clamp_min(1e-12), gradient)
+        scaled = gradient / per_example(largest.clamp_min(torch.finfo(gradient.dtype).tiny), gradient)
+        return scaled / per_example(scaled.flatten(1).norm(dim=1).clamp_min(1e-12), gradient)
 
     def random(self, like: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """A perturbation drawn uniformly from the ball's volume, one for each example.
@@ -95,23 +105,68 @@ class Ball:
         if self.norm == "Linf":
             unit = torch.rand(like.shape, generator=generator, device=like.device, dtype=like.dtype)
             return (2 * unit - 1) * self.eps
+        if self.norm == "L1":
+            return self._random_l1(like, generator)
         normal = torch.randn(like.shape, generator=generator, device=like.device, dtype=like.dtype)
         dimension = max(like[0].numel(), 1)
         uniform = torch.rand(len(like), generator=generator, device=like.device, dtype=like.dtype)
         radius = self.eps * uniform ** (1 / dimension)
-        return self.steepest(normal) * _per_example(radius, like)
+        return self.steepest(normal) * per_example(radius, like)
+
+    def _random_l1(self, like: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Exponentials divided by their sum and one more, with fair signs, fill the unit L1 ball uniformly.
+
+        Source: Barthe, Guedon, Mendelson & Naor 2005 (arXiv math/0503650), theorem 1, for p = 1.
+        """
+        import torch
+
+        size = (len(like), max(like[0].numel(), 1))
+        uniform = torch.rand((2, *size), generator=generator, device=like.device, dtype=like.dtype)
+        one_more = torch.rand(len(like), 1, generator=generator, device=like.device, dtype=like.dtype)
+        exponential = -torch.log1p(-uniform[0])
+        total = exponential.sum(1, keepdim=True) - torch.log1p(-one_more)
+        signs = torch.where(uniform[1] < 0.5, -1.0, 1.0)
+        return (self.eps * signs * exponential / total).view_as(like)
 
     def candidates(self, x: Tensor, delta: Tensor) -> Tensor:
         """`x + delta`, projected onto the ball and then onto the box [0, 1].
 
         The box is applied last: it moves every coordinate towards `x`, which lies in the box,
-        so the result stays in the ball for every Lp norm.
+        so the result stays in the ball for every Lp norm. For L1 it is the nearest point of ball and box
+        at once: what the walls cut off would otherwise be lost to the coordinates that have room.
         """
+        if self.norm == "L1":
+            import torch
+
+            room = torch.where(delta > 0, 1 - x, x)
+            return (x + _nearest_in_l1(delta, room, self.eps)).clamp(0.0, 1.0)
         return (x + self.project(delta)).clamp(0.0, 1.0)
 
     def contains(self, x: Tensor, candidate: Tensor) -> Tensor:
         """Whether each candidate lies in the ball around its example, up to float32 rounding."""
         return self.size(candidate - x) <= self.eps + TOLERANCE[self.norm]
+
+
+def _nearest_in_l1(delta: Tensor, room: Tensor, eps: float) -> Tensor:
+    """The nearest perturbation of L1 norm at most `eps` with no coordinate larger than its `room`.
+
+    Every coordinate shrinks by the same amount, as far as zero, and is cut at its room. The amount is the
+    zero of a piecewise linear function, found by sorting its kinks.
+    Source: Duchi et al. 2008, Efficient projections onto the l1-ball, figure 1, where room binds nowhere;
+    Croce & Hein 2021 (arXiv 2103.01208), section 3.1, for the intersection with a box.
+    """
+    import torch
+
+    size, room = delta.flatten(1).abs(), room.flatten(1)
+    # As the amount falls past a coordinate's size it starts to count, past size - room it is full.
+    kinks, order = torch.cat([size, size - room], 1).sort(1, descending=True)
+    counting = torch.where(order < size.shape[1], 1, -1).cumsum(1)[:, :-1]
+    total = (counting * (kinks[:, :-1] - kinks[:, 1:])).cumsum(1)  # the norm at each kink but the first
+    last = (total < eps).sum(1, keepdim=True).clamp_max(total.shape[1] - 1)
+    over = total.gather(1, last) - eps
+    shrink = kinks.gather(1, last + 1) + over / counting.gather(1, last).clamp_min(1)
+    shrink = torch.where(over >= 0, shrink, 0.0).clamp_min(0.0)  # zero where all of it fits
+    return ((size - shrink).clamp_min(0.0).minimum(room) * delta.flatten(1).sign()).view_as(delta)
 
 
 @dataclass(frozen=True)

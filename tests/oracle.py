@@ -2,7 +2,7 @@
 
 On the linear model, logits (-z, z) with z = <w, x> + b, an attack of size eps away from the box's walls
 breaks a point of margin m = (2y - 1) z exactly when m < eps * ||w||_q, with q dual to the ball's norm:
-1 for Linf, 2 for L2. The strongest point is the same for every increasing loss.
+1 for Linf, 2 for L2, infinity for L1. The strongest point is the same for every increasing loss.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from robustkit.results import AttackRun, Evaluation, Hardware, Provenance
 from robustkit.threat import Ball, white_box
 
 DIMENSION = 12
-DUAL = {"Linf": 1, "L2": 2}
+ORDER = {"Linf": np.inf, "L2": 2, "L1": 1}  # the norms, as NumPy calls them
+DUAL = {"Linf": 1, "L2": 2, "L1": np.inf}
 HARDWARE = Hardware("CPU", "a processor", 1, "3.11.0", "2.13.0", "0.1.0")
 PROVENANCE = Provenance("synthetic", "test", "made by a test", "0" * 64, True)
 
@@ -63,9 +64,10 @@ def margins(model: Linear, x: Tensor, y: Tensor) -> np.ndarray:
 
 
 def strongest(model: Linear, x: Tensor, y: Tensor, ball: Ball) -> np.ndarray:
-    """The optimum of the attack: exact for Linf with or without the walls, for L2 away from them."""
+    """The optimum of the attack: exact for Linf with or without the walls, for L2 and L1 away from them."""
     w = model.w.detach().double().numpy()
-    direction = np.sign(w) if ball.norm == "Linf" else w / np.linalg.norm(w)
+    one = np.arange(len(w)) == np.abs(w).argmax()
+    direction = {"Linf": np.sign(w), "L2": w / np.linalg.norm(w), "L1": np.sign(w) * one}[ball.norm]
     towards = -(2 * y.numpy() - 1)[:, None] * direction
     found = np.clip(x.double().flatten(1).numpy() + ball.eps * towards, 0, 1)
     return np.asarray(found.reshape(x.shape))

@@ -14,7 +14,7 @@ from robustkit.errors import RobustkitError
 from robustkit.losses import cross_entropy, margin
 from robustkit.models import build
 from robustkit.threat import NORMS, Ball
-from tests.oracle import DUAL, Linear, everywhere, interior, linear, margins, strongest
+from tests.oracle import DUAL, ORDER, Linear, everywhere, interior, linear, margins, strongest
 
 EPS = 0.15
 ATTACKS = {
@@ -74,7 +74,7 @@ def test_pgd_reaches_the_closed_form_optimum_from_any_start(norm, loss):
 def test_an_attack_breaks_exactly_what_the_closed_form_says(norm, attack):
     x = interior(n=400)
     model, y = labelled(x)
-    eps = {"Linf": 0.05, "L2": 0.15}[norm]  # reaches some points and not others
+    eps = {"Linf": 0.05, "L2": 0.15, "L1": 0.25}[norm]  # reaches some points and not others
     ball = Ball(norm, eps)
     limit = eps * np.linalg.norm(model.w.detach().double().numpy(), ord=DUAL[norm])
     m = margins(model, x, y)
@@ -185,10 +185,8 @@ def test_candidates_stay_in_ball_and_box_at_the_walls(norm, attack):
     assert found.dtype == x.dtype
     assert found.min() >= 0
     assert found.max() <= 1
-    assert (found.min() == 0 and found.max() == 1) or norm == "L2"
-    distance = np.linalg.norm(
-        (found.double() - x.double()).flatten(1).numpy(), ord={"Linf": np.inf, "L2": 2}[norm], axis=1
-    )
+    assert (found.min() == 0 and found.max() == 1) or norm != "Linf"
+    distance = np.linalg.norm((found.double() - x.double()).flatten(1).numpy(), ord=ORDER[norm], axis=1)
     assert distance.max() <= 0.6 + 1e-6
 
 
@@ -330,13 +328,14 @@ def curved() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
     return model, x, y
 
 
+peers_norms = pytest.mark.parametrize("norm", ["Linf", "L2"])  # no peer has PGD with the steepest L1 step
 PEER_EPS, PEER_STEPS, PEER_STEP = 0.1, 7, 0.03
 
 
 def cleverhans_fgsm(model, x, y, norm):
     from cleverhans.torch.attacks.fast_gradient_method import fast_gradient_method
 
-    order = {"Linf": np.inf, "L2": 2}[norm]
+    order = ORDER[norm]
     return fast_gradient_method(model, x, PEER_EPS, order, clip_min=0.0, clip_max=1.0, y=y).detach()
 
 
@@ -402,7 +401,7 @@ def foolbox_pgd(model, x, y, norm, start=None):
     return attack(foolbox.PyTorchModel(model, bounds=(0, 1)), x, y, epsilons=PEER_EPS)[1]
 
 
-@each_norm
+@peers_norms
 @pytest.mark.parametrize("peer", [cleverhans_fgsm, art_fgsm, foolbox_fgsm])
 def test_fgsm_agrees_with_its_peers(curved, norm, peer):
     model, x, y = curved
@@ -412,7 +411,14 @@ def test_fgsm_agrees_with_its_peers(curved, norm, peer):
     torch.testing.assert_close(ours, peer(model, x, y, norm), atol=1e-5, rtol=0)
 
 
-@each_norm
+def test_fgsm_in_l1_agrees_with_cleverhans(curved):
+    """The one peer that takes the steepest L1 step; ART and Foolbox scale the gradient to L1 length one."""
+    model, x, y = curved
+    ours = fgsm(model, x, y, Ball("L1", PEER_EPS))
+    torch.testing.assert_close(ours, cleverhans_fgsm(model, x, y, "L1"), atol=1e-5, rtol=0)
+
+
+@peers_norms
 @pytest.mark.parametrize("peer", [cleverhans_pgd, art_pgd, foolbox_pgd])
 def test_pgd_from_the_image_agrees_with_its_peers(curved, norm, peer):
     model, x, y = curved
@@ -432,7 +438,7 @@ def test_pgd_agrees_with_cleverhans_from_its_own_random_start(curved):
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
 
 
-@each_norm
+@peers_norms
 def test_pgd_agrees_with_foolbox_from_the_same_start(curved, norm):
     model, x, y = curved
     ball = Ball(norm, PEER_EPS)

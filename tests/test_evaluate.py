@@ -30,7 +30,7 @@ def nothing(model, x: Tensor, y: Tensor, ball: Ball, *, generator=None) -> Tenso
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("attack", ["fgsm", "pgd-40"])
 def test_accuracies_are_those_of_the_closed_form(norm, attack):
-    model, ball = linear(), Ball(norm, {"Linf": 0.05, "L2": 0.15}[norm])
+    model, ball = linear(), Ball(norm, {"Linf": 0.05, "L2": 0.15, "L1": 0.25}[norm])
     data = linear_data(model, n=400)
     found = measure(model, data, ball, {attack: ATTACKS[attack]})
     m = margins(model, data.x, data.y)

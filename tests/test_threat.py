@@ -14,6 +14,7 @@ from scipy import stats
 
 from robustkit.errors import RobustkitError
 from robustkit.threat import GOALS, KNOWLEDGE, NORMS, Ball, ThreatModel, check_batch, check_logits, white_box
+from tests.oracle import DUAL, ORDER
 
 examples = settings(max_examples=60, deadline=None, derandomize=True)
 
@@ -28,7 +29,7 @@ deltas = arrays.arrays(
 def norm_of(delta: torch.Tensor, norm: str) -> np.ndarray:
     """Each example's norm by NumPy, in float64."""
     flat = delta.double().flatten(1).numpy()
-    return np.linalg.norm(flat, ord={"Linf": np.inf, "L2": 2}[norm], axis=1)
+    return np.linalg.norm(flat, ord=ORDER[norm], axis=1)
 
 
 # --- geometry --------------------------------------------------------------------------------------
@@ -76,7 +77,7 @@ def test_the_steepest_step_has_norm_one_and_reaches_the_dual_norm(norm, gradient
     assert not step.numpy()[~moving].any()
     # Hoelder: no direction of norm 1 has a larger product with the gradient than its dual norm.
     reached = (step.double() * gradient.double()).flatten(1).sum(1).numpy()
-    dual = np.linalg.norm(gradient.double().flatten(1).numpy(), ord={"Linf": 1, "L2": 2}[norm], axis=1)
+    dual = np.linalg.norm(gradient.double().flatten(1).numpy(), ord=DUAL[norm], axis=1)
     np.testing.assert_allclose(reached, dual, rtol=1e-4, atol=1e-6)
 
 
@@ -153,7 +154,7 @@ def test_contains_refuses_nan():
 @pytest.mark.parametrize(
     ("norm", "eps", "words"),
     [
-        ("L1", 0.1, "choose one of Linf, L2"),
+        ("L0", 0.1, "choose one of Linf, L2, L1"),
         ("linf", 0.1, "'linf' is unknown"),
         ("Linf", -0.1, "got -0.1"),
         ("L2", math.nan, "finite"),

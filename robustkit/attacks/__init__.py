@@ -28,7 +28,8 @@ class Attack(Protocol):
     ) -> Tensor: ...
 
 
+from robustkit.attacks.apgd import apgd, apgd_targeted  # noqa: E402
 from robustkit.attacks.fgsm import fgsm, rs_fgsm  # noqa: E402
 from robustkit.attacks.pgd import pgd  # noqa: E402
 
-__all__ = ["Attack", "fgsm", "pgd", "rs_fgsm"]
+__all__ = ["Attack", "apgd", "apgd_targeted", "fgsm", "pgd", "rs_fgsm"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from robustkit.attacks.gradient import input_gradient
+from robustkit.attacks.gradient import checked, input_gradient
 from robustkit.device import Model, attackable
 from robustkit.losses import Loss, cross_entropy
 from robustkit.threat import Ball, check_batch
@@ -30,7 +30,7 @@ def fgsm(
     """
     check_batch(x, y)
     with attackable(model):
-        _, gradient = input_gradient(model, x, y, loss)
+        _, _, gradient = input_gradient(model, x, checked(loss), y)
     return ball.candidates(x, ball.eps * ball.steepest(gradient))
 
 
@@ -57,5 +57,5 @@ def rs_fgsm(
     check_batch(x, y)
     start = ball.random(x, generator)
     with attackable(model):
-        _, gradient = input_gradient(model, x + start, y, loss)
+        _, _, gradient = input_gradient(model, x + start, checked(loss), y)
     return ball.candidates(x, start + step_size * ball.eps * ball.steepest(gradient))

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from robustkit.attacks.gradient import input_gradient
-from robustkit.device import Model, attackable
-from robustkit.errors import RobustkitError
+from robustkit.attacks.gradient import check_schedule, checked, input_gradient, score, worst_case
+from robustkit.device import Model, attackable, confirmed
 from robustkit.losses import Loss, cross_entropy
 from robustkit.threat import Ball, check_batch
 
@@ -36,28 +35,17 @@ def pgd(
     ball, restarts from one given start, or unusable logits.
     """
     check_batch(x, y)
-    if steps < 1 or restarts < 1:
-        raise RobustkitError(f"steps and restarts must be at least 1; got {steps} and {restarts}.")
-    if start is not None and restarts > 1:
-        raise RobustkitError(f"{restarts} restarts from one given start are the same run; leave `start` out.")
-    if start is not None and not ball.contains(x, start).all():
-        raise RobustkitError(f"start must lie within {ball} of x; project it with Ball.candidates first.")
+    check_schedule(x, ball, steps, restarts, start)
     step = 2.5 * ball.eps / steps if step_size is None else step_size
-    best, highest = x.clone(), torch.full((len(x),), -torch.inf, device=x.device, dtype=x.dtype)
-    left = torch.arange(len(x), device=x.device)
+
+    def attempt(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        clean, labels = x[rows], y[rows]
+        points = ball.candidates(clean, ball.random(clean, generator)) if start is None else start
+        for i in range(steps):
+            _, _, gradient = input_gradient(model, points, checked(loss) if i == 0 else loss, labels)
+            points = ball.candidates(clean, points - clean + step * ball.steepest(gradient))
+        logits, losses = score(model, points, checked(loss), labels)
+        return points, losses, confirmed(model, points, labels, logits.argmax(1) != labels)
+
     with attackable(model):
-        for _ in range(restarts):
-            clean, labels = x[left], y[left]
-            points = ball.candidates(clean, ball.random(clean, generator)) if start is None else start
-            for _ in range(steps):
-                _, gradient = input_gradient(model, points, labels, loss)
-                points = ball.candidates(clean, points - clean + step * ball.steepest(gradient))
-            with torch.no_grad():
-                logits = model(points)
-                losses, fooled = loss(logits, labels), logits.argmax(1) != labels
-            better = fooled | (losses > highest[left])
-            best[left[better]], highest[left[better]] = points[better], losses[better]
-            left = left[~fooled]
-            if len(left) == 0:
-                break
-    return best
+        return worst_case(x, [attempt] * restarts)
