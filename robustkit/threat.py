@@ -241,7 +241,7 @@ class RotationTranslation:
         matrices = torch.stack([torch.stack(row, 1) for row in rows], 1)
         grid = F.affine_grid(matrices, list(x.shape), align_corners=False)
         turned = F.grid_sample(x, grid, align_corners=False).clamp(0.0, 1.0)
-        return torch.where(_per_example(transforms.to(x).any(1), x), turned, x)
+        return torch.where(per_example(transforms.to(x).any(1), x), turned, x)
 
     def contains(self, x: Tensor, candidate: Tensor) -> Tensor:
         """Whether each candidate is its example under some transform, up to 1e-4 in every pixel.
