@@ -499,7 +499,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--data", required=True, choices=tuple(_USUAL), help="data set to attack")
     evaluate.add_argument("--split", default="test", help="split of it (default test)")
     evaluate.add_argument("--model", help="architecture of the weights (default: the usual one for the data)")
-    evaluate.add_argument("--norm", choices=("Linf", "L2"), help="norm of the ball (default Linf)")
+    evaluate.add_argument("--norm", choices=("Linf", "L2", "L1"), help="norm of the ball (default Linf)")
     evaluate.add_argument(
         "--eps",
         type=_size,
