@@ -322,6 +322,7 @@ def _evaluation_text(evaluation: Evaluation, out: Path) -> str:
         [
             f"{evaluation.model} ({'; '.join(evaluation.notes)})",
             f"threat model: {evaluation.threat}",
+            *([f"protocol: {evaluation.protocol}"] if evaluation.protocol else []),
             f"data: {evaluation.data}",
             f"seed {evaluation.seed}, {evaluation.tier} tier, {evaluation.hardware}",
             "",
@@ -510,7 +511,9 @@ def _parser() -> argparse.ArgumentParser:
     which.add_argument(
         "--attacks", default="fgsm,pgd-40", help="attacks in order, by comma (default fgsm,pgd-40)"
     )
-    which.add_argument("--protocol", metavar="NAME", help="a list of attacks with a name: quick")
+    which.add_argument(
+        "--protocol", metavar="NAME", help="a list of attacks with a name: quick, fast or standard"
+    )
     evaluate.add_argument(
         "--n", type=int, metavar="N", help="images drawn from the split (default 200, 1,000 or all, by tier)"
     )

@@ -374,8 +374,13 @@ def check_places(model: Model, x: Tensor, y: Tensor) -> None:
 def check_logits(logits: Tensor, y: Tensor, *, classes: int | None = None) -> None:
     """Refuse model output that cannot be a logit for each class.
 
-    Raises: RobustkitError when the shape is not (n, classes), a label is out of range, or a value is NaN.
+    Raises: RobustkitError when they are no tensor of shape (n, classes), a label is out of range, or a value
+    is NaN.
     """
+    import torch
+
+    if not isinstance(logits, torch.Tensor):
+        raise RobustkitError(f"the model must return a tensor of logits; got {type(logits).__name__}.")
     if logits.dim() != 2 or len(logits) != len(y):
         raise RobustkitError(
             f"the model must return logits of shape ({len(y)}, classes); got {tuple(logits.shape)}."

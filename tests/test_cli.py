@@ -307,6 +307,27 @@ def test_evaluate_writes_beside_the_weights_unless_told_otherwise(run, tmp_path)
     assert read_evaluation(tmp_path / "mine" / "eval.json").model == "net"
 
 
+def test_a_protocol_is_recorded_by_its_name(run, weights):
+    command = ("evaluate", weights, "--data", "digits", "--n", "10", "--eps", "0.05")
+    status, out, err = run(*command, "--protocol", "quick", "--out", "eval.json")
+    assert status == 0, err
+    found = read_evaluation(Path("eval.json"))
+    assert found.protocol == "quick"
+    assert [one.name for one in found.attacks] == list(robustkit.evaluate.PROTOCOLS["quick"])
+    assert "protocol: quick" in out
+    said = sentence(run(*command, "--protocol", "slow"))
+    assert "protocol 'slow' is unknown; choose from quick" in said
+    said = sentence(run(*command, "--protocol", "quick", "--attacks", "fgsm"))
+    assert "not allowed with argument" in said
+
+
+def test_the_help_names_every_protocol(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["evaluate", "--help"])
+    (line,) = re.findall(r"a\s+list\s+of\s+attacks\s+with\s+a\s+name: ([^-]*) --", capsys.readouterr().out)
+    assert set(re.findall(r"\w+", line)) - {"or"} == set(robustkit.evaluate.PROTOCOLS)
+
+
 def test_a_result_and_a_journal_are_not_overwritten(run, weights):
     command = ("evaluate", weights, *SMALL, "--out", "eval.json")
     assert run(*command)[0] == 0

@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 from torch import Tensor, nn
 
 from robustkit.attacks import fgsm, pgd, rs_fgsm
+from robustkit.attacks.library import LIBRARY
 from robustkit.errors import RobustkitError
-from robustkit.evaluate import ATTACKS, check_candidates, evaluate, find_attacks, predict
+from robustkit.evaluate import (
+    ATTACKS,
+    DRAWS,
+    PROTOCOLS,
+    check_candidates,
+    evaluate,
+    find_attacks,
+    find_protocol,
+    in_turn,
+    predict,
+    strongest_knowledge,
+)
 from robustkit.results import CLEAN, Evaluation
-from robustkit.threat import NORMS, Ball
+from robustkit.threat import NORMS, Ball, check_units
 from tests.oracle import DUAL, PROVENANCE, dataset, interior, linear, linear_data, margins, strongest
 
 BALL = Ball("Linf", 0.05)
@@ -245,6 +259,254 @@ def test_data_that_cannot_be_evaluated_are_refused(x, y, words):
             BALL,
             {"fgsm": fgsm},
         )
+
+
+class Saying(nn.Module):
+    """The linear oracle, its logits changed on the way out."""
+
+    def __init__(self, change) -> None:
+        super().__init__()
+        self.inner, self.change = linear(), change
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.change(self.inner(x))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda z: z.softmax(1), "returns probabilities .*; return logits: leave out the softmax"),
+        (lambda z: z.softmax(1).round(), "returns probabilities"),
+        (lambda z: z * torch.nan, "NaN logits"),
+        (lambda z: torch.cat([z, z], 1), "model has 4 classes and the data have 2"),
+        (lambda z: z[:, :1], "label 1 is out of range: the model has 1 classes"),
+        (lambda z: z.argmax(1), "must return logits of shape"),
+        (lambda z: z.sum(), "must return logits of shape"),
+        (lambda z: z[None], "must return logits of shape"),
+        (lambda z: z.detach().numpy(), "must return a tensor of logits; got ndarray"),
+        (lambda z: (z, z), "must return a tensor of logits; got tuple"),
+    ],
+)
+def test_a_model_that_cannot_be_evaluated_is_refused_before_any_attack(change, words):
+    def unreached(model, x, y, ball, *, generator=None):
+        raise AssertionError("an attack was run")
+
+    with pytest.raises(RobustkitError, match=words) as caught:
+        measure(Saying(change), linear_data(linear()), BALL, {"unreached": unreached})
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda z: z.log_softmax(1),
+        lambda z: z.softmax(1) * 2,
+        lambda z: torch.zeros_like(z),
+        lambda z: torch.where(z > 0, z, -torch.inf),
+    ],
+    ids=["log-probabilities", "scaled", "constant", "minus infinity"],
+)
+def test_logits_of_any_size_are_logits(change):
+    found = measure(Saying(change), linear_data(linear(), n=20), BALL, {"nothing": nothing})
+    assert found.notes == ()
+
+
+def test_images_model_and_labels_on_different_devices_are_refused():
+    data = linear_data(linear())
+    with pytest.raises(
+        RobustkitError, match=r"images are on cpu, the model on meta; .* model\.to\(x\.device\)"
+    ):
+        measure(linear().to("meta"), data, BALL, {"fgsm": fgsm})
+    with pytest.raises(RobustkitError, match="x is on cpu and y on meta; move them"):
+        measure(linear(), replace(data, y=data.y.to("meta")), BALL, {"fgsm": fgsm})
+
+
+@pytest.mark.parametrize(
+    ("ball", "words"),
+    [
+        (Ball("Linf", 8), r"eps 8 is larger than any Linf attack on 12 pixels .* \(1\).* write 8/255"),
+        (Ball("Linf", 1.01), "write 1.01/255"),
+        (Ball("L2", 128), r"any L2 attack on 12 pixels in \[0, 1\] needs \(3.464\)"),
+    ],
+)
+def test_an_eps_in_grey_levels_is_caught_by_its_size(ball, words):
+    with pytest.raises(RobustkitError, match=words):
+        measure(linear(), linear_data(linear()), ball, {"fgsm": fgsm})
+
+
+@pytest.mark.parametrize("ball", [Ball("Linf", 0.5), Ball("Linf", 1.0), Ball("L2", 3.0), Ball("Linf", 0.0)])
+def test_the_ends_of_a_sweep_over_eps_are_no_mistake(ball):
+    found = measure(linear(), linear_data(linear(), n=20), ball, {"fgsm": fgsm})
+    assert found.threat.ball == ball
+
+
+def test_the_usual_sizes_in_grey_levels_are_caught_and_in_input_units_pass():
+    mnist, cifar = torch.zeros(1, 1, 28, 28), torch.zeros(1, 3, 32, 32)
+    for x, norm, eps in [
+        (mnist, "Linf", 0.3), (mnist, "L2", 2.0), (cifar, "Linf", 8 / 255), (cifar, "L2", 0.5), (cifar, "L1", 12.0)
+    ]:  # fmt: skip
+        if norm not in NORMS:
+            continue
+        check_units(Ball(norm, eps), x)
+        with pytest.raises(RobustkitError, match="grey levels"):
+            check_units(Ball(norm, 255 * eps), x)
+
+
+# --- notes -----------------------------------------------------------------------------------------
+
+
+def test_a_model_in_train_mode_is_evaluated_in_eval_mode_and_the_notes_say_so():
+    model = linear()
+    data = linear_data(model)
+    expected = measure(model, data, BALL, {"fgsm": fgsm})
+    model.drop.train()  # one submodule is enough
+    found = measure(model, data, BALL, {"fgsm": fgsm})
+    assert found.broken_by == expected.broken_by
+    assert found.notes == ("the model came in train mode and was evaluated in eval mode",)
+    assert expected.notes == ()
+    assert (model.training, model.drop.training) == (False, True)
+
+
+class Noisy(nn.Module):
+    """The linear oracle with noise on its logits that eval mode does not silence."""
+
+    def __init__(self, size: float) -> None:
+        super().__init__()
+        self.inner, self.size = linear(), size
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = self.inner(x)
+        return logits + self.size * torch.randn_like(logits)
+
+
+def test_a_model_that_draws_at_random_gets_repeated_draws_and_the_notes_say_so():
+    """With noise of size s on both logits, an image of margin m is right ten times with probability P(m > sZ)^10."""
+    model, data = Noisy(0.05), linear_data(linear(), n=2000)
+    before = torch.get_rng_state()
+    found = measure(model, data, BALL, {"nothing": nothing})
+    assert torch.equal(torch.get_rng_state(), before)
+    assert DRAWS == 10
+    assert found.notes[0].startswith("the model's logits change from call to call: an image counts as broken")
+    assert "any of 10 predictions is wrong" in found.notes[0]
+    gap = 2 * margins(linear(), data.x, data.y)  # between the two logits
+    right = stats.norm.cdf(gap / (0.05 * 2**0.5))
+    for share, power in ((found.clean, 10), (found.robust, 20)):
+        expected, spread = (right**power).sum(), ((right**power) * (1 - right**power)).sum() ** 0.5
+        assert abs(share.k - expected) < 4 * spread
+        assert abs((right ** (power / 2)).sum() - expected) > 4 * spread  # half the draws would be noticed
+    # Reproducible all the same, whatever the global state and the order of the jobs.
+    torch.manual_seed(5)
+    again = measure(
+        model, data, BALL, {"nothing": nothing}, runner=lambda work, jobs: reversed([*in_turn(work, jobs)])
+    )
+    assert again.broken_by == found.broken_by
+    assert measure(model, data, BALL, {"nothing": nothing}, seed=1).broken_by != found.broken_by
+
+
+def test_rounding_is_no_randomness():
+    assert measure(Noisy(1e-7), linear_data(linear()), BALL, {"nothing": nothing}).notes == ()
+
+
+# --- memory ----------------------------------------------------------------------------------------
+
+
+def hungry(most: int, met: list[int]):
+    """FGSM on a device that holds `most` images."""
+
+    def attack(model, x: Tensor, y: Tensor, ball: Ball, *, generator=None) -> Tensor:
+        met.append(len(x))
+        if len(x) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+        return fgsm(model, x, y, ball)
+
+    return attack
+
+
+def test_out_of_memory_halves_the_batches_and_the_notes_say_so():
+    model = linear()
+    data = linear_data(model)
+    met: list[int] = []
+    found = measure(model, data, BALL, {"hungry": hungry(30, met), "fgsm": fgsm}, batch_size=100)
+    assert found.broken_by == tuple(
+        "hungry" if name == "fgsm" else name for name in measure(model, data, BALL, {"fgsm": fgsm}).broken_by
+    )
+    assert met == [100, 50, 25, 25, 25, 25, 25, 25, 25, 5]  # 180 images are right at the start
+    assert found.notes == ("out of memory: batches went down from 100 to 25 images",)
+
+
+def test_out_of_memory_on_one_image_is_a_sentence():
+    met: list[int] = []
+    with pytest.raises(
+        RobustkitError, match="hungry runs out of memory on a single image; use a device with"
+    ):
+        measure(linear(), linear_data(linear()), BALL, {"hungry": hungry(0, met)}, batch_size=16)
+    assert met == [16, 8, 4, 2, 1]
+
+
+def test_an_evaluation_out_of_memory_goes_on_from_its_journal_with_the_smaller_batches(tmp_path):
+    model, path = linear(), tmp_path / "eval.json.partial"
+    data = linear_data(model)
+
+    def killed(jobs_left: int):
+        def runner(work, jobs):
+            nonlocal jobs_left
+            for pair in in_turn(work, jobs):
+                if jobs_left == 0:
+                    raise KeyboardInterrupt
+                jobs_left -= 1
+                yield pair
+
+        return runner
+
+    def random_and_hungry(model, x: Tensor, y: Tensor, ball: Ball, *, generator=None) -> Tensor:
+        if len(x) > 30:
+            raise torch.OutOfMemoryError
+        return rs_fgsm(model, x, y, ball, step_size=0.3, generator=generator)
+
+    settings = {"attacks": {"random": random_and_hungry}, "batch_size": 100}
+    whole = measure(model, data, BALL, **settings)
+    for jobs_left in (0, 1, 2, 3, 5):
+        path.unlink(missing_ok=True)
+        with pytest.raises(KeyboardInterrupt):
+            measure(model, data, BALL, journal=path, runner=killed(jobs_left), **settings)
+        resumed = measure(model, data, BALL, journal=path, **settings)
+        assert resumed.broken_by == whole.broken_by
+        assert resumed.notes == whole.notes == ("out of memory: batches went down from 100 to 25 images",)
+
+
+# --- protocols and knowledge -----------------------------------------------------------------------
+
+
+def test_a_protocol_is_known_by_its_attacks():
+    model = linear()
+    data = linear_data(model, n=20)
+    for name in ("quick", "fast"):
+        attacks = find_protocol(name)
+        assert measure(model, data, BALL, attacks).protocol == name
+        assert measure(model, data, BALL, dict(attacks)).protocol == name
+        assert measure(model, data, BALL, dict(reversed(attacks.items()))).protocol is None
+        assert measure(model, data, BALL, {**attacks, "more": nothing}).protocol is None
+    with pytest.raises(
+        RobustkitError, match="protocol 'autoattack' is unknown; choose from quick, fast, standard"
+    ):
+        find_protocol("autoattack")
+
+
+def test_standard_is_what_the_referee_calls_standard():
+    """pyautoattack's own list of attacks for its standard protocol, in its order."""
+    pyautoattack = pytest.importorskip("pyautoattack")
+    referee = pyautoattack.AutoAttack(linear(), version="standard", device="cpu")
+    assert list(PROTOCOLS["standard"]) == [f"autoattack-{part}" for part in referee.attacks_to_run]
+
+
+def test_the_threat_model_says_the_strongest_knowledge_that_was_used():
+    square = LIBRARY["autoattack-square"]
+    assert strongest_knowledge({"square": square}) == "score-based"
+    assert strongest_knowledge({"square": square, "fgsm": fgsm}) == "white-box"
+    assert strongest_knowledge(PROTOCOLS["standard"]) == "white-box"
+    assert strongest_knowledge({"an attack of hers": nothing}) == "white-box"  # nothing is known about it
 
 
 def test_an_evaluation_without_an_attack_is_refused():
