@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from functools import partial
 
@@ -479,17 +480,26 @@ def test_an_evaluation_out_of_memory_goes_on_from_its_journal_with_the_smaller_b
 # --- protocols and knowledge -----------------------------------------------------------------------
 
 
-def test_a_protocol_is_known_by_its_attacks():
+def test_a_protocol_is_known_by_its_attacks(monkeypatch):
     model = linear()
     data = linear_data(model, n=20)
-    for name in ("quick", "fast"):
-        attacks = find_protocol(name)
-        assert measure(model, data, BALL, attacks).protocol == name
-        assert measure(model, data, BALL, dict(attacks)).protocol == name
-        assert measure(model, data, BALL, dict(reversed(attacks.items()))).protocol is None
-        assert measure(model, data, BALL, {**attacks, "more": nothing}).protocol is None
+    monkeypatch.setitem(PROTOCOLS, "two", {"fgsm": fgsm, "pgd": pgd})
+    for attacks, name in [
+        (find_protocol("two"), "two"),
+        (dict(PROTOCOLS["two"]), "two"),
+        ({"pgd": pgd, "fgsm": fgsm}, None),
+        ({"fgsm": fgsm, "pgd": partial(pgd, steps=1)}, None),
+        ({"fgsm": fgsm, "pgd": pgd, "more": nothing}, None),
+        ({"fgsm": fgsm}, None),
+    ]:
+        found = measure(model, data, BALL, attacks)
+        assert found.protocol == name
+        assert Evaluation.from_json(found.to_json()).protocol == name
+    old = json.loads(found.to_json())
+    del old["protocol"], old["notes"]  # as written before there were any
+    assert Evaluation.from_json(json.dumps(old)) == found
     with pytest.raises(
-        RobustkitError, match="protocol 'autoattack' is unknown; choose from quick, fast, standard"
+        RobustkitError, match="protocol 'autoattack' is unknown; choose from quick, fast, standard, two"
     ):
         find_protocol("autoattack")
 
