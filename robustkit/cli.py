@@ -23,6 +23,7 @@ from robustkit.errors import RobustkitError
 from robustkit.files import write_atomically
 
 if TYPE_CHECKING:
+    from robustkit.certify.certificates import Certification, Row, Smoothing
     from robustkit.data import Dataset
     from robustkit.device import Model
     from robustkit.doctor import Diagnosis
@@ -36,6 +37,7 @@ _USUAL |= dict.fromkeys(
     ("cifar10", "cifar10-jpeg", "cifar10-lossless-4k"), ("preact_resnet18", "Linf", 8 / 255)
 )
 _IMAGES: dict[str, int | None] = {"smoke": 200, "standard": 1_000, "full": None}
+_CERTIFIED = {"smoke": 20, "standard": 500, "full": 500}  # the published logs hold 500 images too
 
 _OF_A_RUN = ("checkpoint.pt", "model.safetensors", "run.json")
 
@@ -172,18 +174,80 @@ def _evaluate(options: argparse.Namespace) -> int:
     return 0
 
 
+def _certify(options: argparse.Namespace) -> int:
+    from robustkit import data, device, models
+    from robustkit.certify.certificates import Smoothing
+    from robustkit.certify.smoothing import certify
+
+    smoothing = Smoothing(options.sigma, options.n0, options.n, options.alpha)
+    tier = options.tier or device.tier()
+    rows: Path = options.out or options.weights.parent / "certificates.tsv"
+    _check_writable(rows)
+    out = rows.with_suffix(".json")
+    if out == rows:
+        raise RobustkitError(
+            f"{rows} would be the rows and the JSON at once; name the rows with .tsv by --out."
+        )
+    _check_writable(out)
+    if not options.resume and (rows.exists() or out.exists()):
+        found = rows if rows.exists() else out
+        raise RobustkitError(
+            f"{found} already exists; go on with it by --resume, or choose another file with --out."
+        )
+    place = device.pick_device()
+    name = options.model or _USUAL[options.data][0]
+    model = models.load_weights(models.build(name), options.weights).to(place)
+    digest = hashlib.sha256(options.weights.read_bytes()).hexdigest()
+    limit = _CERTIFIED[tier] if options.images is None else options.images
+    images = data.load(options.data, options.split, limit=limit, seed=options.seed, device=place)
+    _check_fits(model, name, images)
+    certification = certify(
+        model,
+        images,
+        smoothing,
+        model_name=_model_name(options.weights),
+        tier=tier,
+        seed=options.seed,
+        notes=(f"{name}, weights sha256 {digest[:16]}",),
+        rows=rows,
+        batch_size=options.batch_size,
+    )
+    write_atomically(out, f"{certification.to_json()}\n".encode())
+    print(certification.to_json() if options.json else _certification_text(certification, rows, out))
+    return 0
+
+
+def _curve(options: argparse.Namespace) -> int:
+    from robustkit.certify.certificates import Smoothing, read_rows
+
+    smoothing = None if options.sigma is None else Smoothing(options.sigma, n=options.n, alpha=options.alpha)
+    logs = [(path, read_rows(path)) for path in options.logs]
+    if options.json:
+        _print_json({"type": "Curves", "logs": [_curve_record(*log, smoothing) for log in logs]})
+    else:
+        print("\n\n".join(_curve_text(*log, smoothing) for log in logs))
+    return 0
+
+
 def _report(options: argparse.Namespace) -> int:
     from robustkit import report
+    from robustkit.certify import page
+    from robustkit.certify.certificates import is_certification, read_certification
     from robustkit.results import read_evaluation
 
     _check_writable(options.out)
-    evaluations = [read_evaluation(path) for path in options.evaluations]
-    report.write(report.render(evaluations, options.title), options.out)
+    proved = [path for path in options.results if is_certification(path)]
+    evaluations = [read_evaluation(path) for path in options.results if path not in proved]
+    certifications = [read_certification(path) for path in proved]
+    report.write(report.render(evaluations, options.title, page.sections(certifications)), options.out)
     if options.json:
-        _print_json({"type": "Report", "out": str(options.out), "evaluations": report.summary(evaluations)})
+        record = {"type": "Report", "out": str(options.out), "evaluations": report.summary(evaluations)}
+        _print_json(record | {"certifications": [page.summary(one) for one in certifications]})
     else:
         for evaluation in evaluations:
             print(f"{evaluation.model}: robust {evaluation.robust} against {evaluation.threat}")
+        for one in certifications:
+            print(f"{one.model}: certified, {one.smoothing}: {_curve_line(one.rows)}")
         print(f"written: {options.out}")
     return 0
 
@@ -375,6 +439,75 @@ def _standing_text(evaluation: Evaluation, board: Leaderboard, found: Standing) 
     )
 
 
+def _certification_text(certification: Certification, rows: Path, out: Path) -> str:
+    from robustkit.certify.certificates import ABSTAIN, average_radius
+
+    base = certification.base
+    abstained = sum(row.prediction == ABSTAIN for row in certification.rows)
+    seconds = sum(row.seconds for row in certification.rows)
+    return "\n".join(
+        [
+            f"{certification.model} ({'; '.join(certification.notes)}), smoothed: {certification.smoothing}",
+            f"threat model: {certification.threat}",
+            f"base classifier: {base.precision}, clean {base.clean}, under the noise {base.noisy}",
+            f"data: {certification.data}",
+            f"seed {certification.seed}, {certification.tier} tier, {certification.hardware}, {seconds:.0f} s",
+            "",
+            *_curve_table(certification.rows),
+            "",
+            f"average certified radius {average_radius(certification.rows):.3f}, abstained on {abstained}; "
+            f"no radius above {certification.smoothing.largest_radius:.3f} can follow from these samples",
+            f"written: {rows}, {out}",
+        ]
+    )
+
+
+def _curve_table(rows: Sequence[Row]) -> list[str]:
+    from robustkit.certify.certificates import curve
+
+    cells = [[f"{radius:g}", str(share)] for radius, share in curve(rows)]
+    return _columns(["L2 radius", "certified accuracy, 95 % interval"], cells)
+
+
+def _curve_line(rows: Sequence[Row]) -> str:
+    from robustkit.certify.certificates import curve
+
+    return ", ".join(f"{100 * share.share:.1f} % at {radius:g}" for radius, share in curve(rows))
+
+
+def _curve_text(path: Path, rows: Sequence[Row], smoothing: Smoothing | None) -> str:
+    record = _curve_record(path, rows, smoothing)
+    if smoothing is None:
+        verdict = "give --sigma, --n and --alpha to check the radii against what the samples can prove"
+    elif record["beyond_bound"]:
+        verdict = (
+            f"{len(record['beyond_bound'])} radii, the largest {record['largest_radius']:.4f}, are above "
+            f"{smoothing.largest_radius:.4f}, the most that {smoothing} can prove: the log was not made so"
+        )
+    else:
+        verdict = f"no radius is above {smoothing.largest_radius:.4f}, the most that these samples can prove"
+    return "\n".join(
+        [
+            f"{path}: {len(rows)} rows, abstained on {record['abstained']}, "
+            f"average certified radius {record['average_certified_radius']:.4f}",
+            *_curve_table(rows),
+            verdict,
+        ]
+    )
+
+
+def _curve_record(path: Path, rows: Sequence[Row], smoothing: Smoothing | None) -> dict[str, Any]:
+    from robustkit.certify.certificates import beyond_bound, totals
+
+    beyond = None if smoothing is None else [row.index for row in beyond_bound(rows, smoothing)]
+    return {
+        "log": str(path),
+        **totals(rows),
+        "largest_radius": max(row.radius for row in rows),
+        "beyond_bound": beyond,
+    }
+
+
 def _diagnosis_text(diagnosis: Diagnosis) -> str:
     versions = [[name, version or "not installed"] for name, version in diagnosis.versions.items()]
     minutes = [
@@ -524,14 +657,70 @@ def _parser() -> argparse.ArgumentParser:
         "--resume", action="store_true", help="go on with the evaluation that was to write that file"
     )
 
+    certify = add(
+        "certify",
+        _certify,
+        "Certify L2 robustness by randomized smoothing, image by image.",
+        "robustkit certify runs/first/model.safetensors --data mnist --sigma 0.25 --n 10000 --images 500",
+    )
+    certify.add_argument(
+        "weights", type=Path, metavar="MODEL.safetensors", help="weights of the base classifier"
+    )
+    certify.add_argument("--data", required=True, choices=tuple(_USUAL), help="data set to certify on")
+    certify.add_argument("--split", default="test", help="split of it (default test)")
+    certify.add_argument("--model", help="architecture of the weights (default: the usual one for the data)")
+    certify.add_argument(
+        "--sigma",
+        type=float,
+        required=True,
+        help="standard deviation of the noise, input units; as in training",
+    )
+    certify.add_argument("--n0", type=int, default=100, help="samples that choose the class (default 100)")
+    certify.add_argument("--n", type=int, default=10_000, help="samples that certify it (default 10,000)")
+    certify.add_argument(
+        "--alpha", type=float, default=0.001, help="chance of a wrong certificate, per image (default 0.001)"
+    )
+    certify.add_argument(
+        "--images", type=int, metavar="N", help="images drawn from the split (default 20 or 500, by tier)"
+    )
+    certify.add_argument(
+        "--batch-size", type=int, default=250, metavar="N", help="noisy copies per pass; changes no result"
+    )
+    certify.add_argument("--seed", **seed)
+    certify.add_argument("--tier", **tier)
+    certify.add_argument(
+        "--out",
+        type=Path,
+        metavar="ROWS.tsv",
+        help="one line an image; the JSON goes beside it (default: certificates.tsv beside the weights)",
+    )
+    certify.add_argument("--resume", action="store_true", help="go on with the rows in that file")
+
+    curve = add(
+        "curve",
+        _curve,
+        "Tabulate certification logs, ours or published ones, and check what they claim.",
+        "robustkit curve sigma_0.25 --sigma 0.25 --n 100000 --alpha 0.001",
+    )
+    curve.add_argument(
+        "logs",
+        type=Path,
+        nargs="+",
+        metavar="ROWS.tsv",
+        help="tab-separated: index, label, prediction, radius, ...",
+    )
+    curve.add_argument("--sigma", type=float, help="noise that the logs state; without it nothing is checked")
+    curve.add_argument("--n", type=int, default=100_000, help="samples that they state (default 100,000)")
+    curve.add_argument("--alpha", type=float, default=0.001, help="alpha that they state (default 0.001)")
+
     report = add(
         "report",
         _report,
-        "Make one static page, with figures and tables, of evaluations.",
+        "Make one static page, with figures and tables, of evaluations and certifications.",
         "robustkit report runs/first/eval.json -o report.html",
     )
     report.add_argument(
-        "evaluations", type=Path, nargs="+", metavar="EVAL.json", help="from `robustkit evaluate`"
+        "results", type=Path, nargs="+", metavar="RESULT.json", help="from `robustkit evaluate` or `certify`"
     )
     report.add_argument(
         "-o", "--out", type=Path, default=Path("report.html"), metavar="FILE", help="default report.html"

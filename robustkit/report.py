@@ -25,9 +25,9 @@ from robustkit.results import CLEAN, Evaluation, Interval, read_evaluation
 # Okabe & Ito 2008: told apart with any colour vision. Markers, lines and hatches say the same again.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = "os^Dv*X"
-_LINES = ("-", "--", ":", "-.")
+LINES = ("-", "--", ":", "-.")
 
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "svg.hashsalt": "robustkit",  # the same evaluations give the same bytes
     "text.parse_math": False,  # a model's name is not a formula
     "font.size": 10,
@@ -57,13 +57,15 @@ def write(page: str, path: Path) -> None:
     write_atomically(path, page.encode())
 
 
-def render(evaluations: Sequence[Evaluation], title: str = "Robustness report") -> str:
-    """One HTML page about the evaluations, in groups that share norm and data.
+def render(
+    evaluations: Sequence[Evaluation], title: str = "Robustness report", more: Sequence[str] = ()
+) -> str:
+    """One HTML page about the evaluations, in groups that share norm and data; then the sections `more`.
 
     The page loads nothing and runs nothing. It depends on the evaluations alone: rendered again, it
     comes out byte for byte the same. Raises: RobustkitError when there is no evaluation.
     """
-    if not evaluations:
+    if not evaluations and not more:
         raise RobustkitError(
             "a report needs at least one evaluation; pass JSON that `robustkit evaluate` wrote."
         )
@@ -75,6 +77,14 @@ def render(evaluations: Sequence[Evaluation], title: str = "Robustness report") 
         else f"in {len(sections)} groups, each of one norm and one data set and never drawn together"
     )
     count = "One evaluation" if len(evaluations) == 1 else f"{len(evaluations)} evaluations"
+    lead = (
+        f"""<p>{count} {groups}. Shares carry 95 % Wilson intervals.
+Robust accuracy is the worst case over the attacks listed, image by image: an upper bound on what a
+stronger attack would leave. It holds for the stated threat model and for no other.</p>
+"""
+        if evaluations
+        else ""
+    )
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -86,10 +96,7 @@ def render(evaluations: Sequence[Evaluation], title: str = "Robustness report") 
 </head>
 <body>
 <h1>{escape(title)}</h1>
-<p>{count} {groups}. Shares carry 95 % Wilson intervals.
-Robust accuracy is the worst case over the attacks listed, image by image: an upper bound on what a
-stronger attack would leave. It holds for the stated threat model and for no other.</p>
-{"".join(sections)}
+{lead}{"".join([*sections, *more])}
 </body>
 </html>
 """
@@ -130,7 +137,7 @@ def _section(evaluations: list[Evaluation]) -> str:
 def _accuracy_figure(evaluations: list[Evaluation], labels: list[str]) -> str:
     """Clean and robust accuracy of every evaluation of the group, as bars with intervals."""
     norm = evaluations[0].threat.ball.norm
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(8, 1.6 + 0.75 * len(evaluations)), layout="constrained")
         axes = figure.add_subplot()
         for offset, name, colour, hatch in (
@@ -150,7 +157,7 @@ def _accuracy_figure(evaluations: list[Evaluation], labels: list[str]) -> str:
                 ecolor="black",
                 capsize=3,
             )
-        axes.set_yticks(range(len(labels)), [_drawable(label) for label in labels])
+        axes.set_yticks(range(len(labels)), [drawable(label) for label in labels])
         axes.invert_yaxis()
         axes.set_xlim(0, 100)
         axes.set_xlabel(f"accuracy in %, {norm} attacks, 95 % intervals")
@@ -159,7 +166,7 @@ def _accuracy_figure(evaluations: list[Evaluation], labels: list[str]) -> str:
             f"{label}: clean {100 * evaluation.clean.share:.1f} %, robust {100 * evaluation.robust.share:.1f} %"
             for label, evaluation in zip(labels, evaluations, strict=True)
         )
-        return _figure(figure, f"Bar chart of clean and robust accuracy under {norm} attacks. {lines}.")
+        return picture(figure, f"Bar chart of clean and robust accuracy under {norm} attacks. {lines}.")
 
 
 Curve = tuple[str, list[Evaluation]]  # a label, and evaluations of rising eps
@@ -195,7 +202,7 @@ def _curves(evaluations: list[Evaluation]) -> list[list[Curve]]:
 
 def _curve_figure(curves: list[Curve], norm: str) -> str:
     """Robust accuracy against eps, one line for each model; clean accuracy stands at eps 0."""
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(8, 4.5), layout="constrained")
         axes = figure.add_subplot()
         for i, (label, evaluations) in enumerate(curves):
@@ -204,10 +211,10 @@ def _curve_figure(curves: list[Curve], norm: str) -> str:
                 [eps for eps, _ in points],
                 [100 * share.share for _, share in points],
                 yerr=_whiskers([share for _, share in points]),
-                label=_drawable(label),
+                label=drawable(label),
                 color=PALETTE[i % len(PALETTE)],
                 marker=_MARKERS[i % len(_MARKERS)],
-                linestyle=_LINES[i % len(_LINES)],
+                linestyle=LINES[i % len(LINES)],
                 capsize=3,
             )
         axes.set_ylim(0, 100)
@@ -219,7 +226,7 @@ def _curve_figure(curves: list[Curve], norm: str) -> str:
             + ", ".join(f"{100 * share.share:.1f} % at {eps:.4g}" for eps, share in _curve_points(each))
             for label, each in curves
         )
-        return _figure(figure, f"Robust accuracy against {norm} eps, with clean accuracy at eps 0. {lines}.")
+        return picture(figure, f"Robust accuracy against {norm} eps, with clean accuracy at eps 0. {lines}.")
 
 
 def _curve_points(evaluations: list[Evaluation]) -> list[tuple[float, Interval]]:
@@ -236,7 +243,7 @@ def _whiskers(shares: Sequence[Interval]) -> list[list[float]]:
     ]
 
 
-def _figure(figure: Figure, alt: str) -> str:
+def picture(figure: Figure, alt: str) -> str:
     """The figure as an image inside the page: SVG, in an <img>, where no script of it could run."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
@@ -248,7 +255,7 @@ def _figure(figure: Figure, alt: str) -> str:
 
 
 def _accuracy_table(evaluations: list[Evaluation], labels: list[str]) -> str:
-    return _table(
+    return table(
         "Clean and robust accuracy, with 95 % Wilson intervals",
         ("evaluation", "threat model", "clean", "robust, worst case", "tier", "seed"),
         (
@@ -259,7 +266,7 @@ def _accuracy_table(evaluations: list[Evaluation], labels: list[str]) -> str:
 
 
 def _curve_table(curves: list[Curve], norm: str) -> str:
-    return _table(
+    return table(
         f"Robust accuracy against {norm} eps ({', '.join(run.name for run in curves[0][1][0].attacks)})",
         ("model", "eps", "accuracy"),
         ((label, f"{eps:.4g}", str(share)) for label, each in curves for eps, share in _curve_points(each)),
@@ -282,7 +289,7 @@ def _attack_table(evaluations: list[Evaluation], labels: list[str]) -> str:
                     f"{run.seconds:.1f}",
                 )
 
-    return _table(
+    return table(
         "Attack by attack; each met only the images that the earlier ones left",
         ("evaluation", "attack", "settings", "images broken", "accuracy left", "seconds"),
         rows(),
@@ -290,7 +297,7 @@ def _attack_table(evaluations: list[Evaluation], labels: list[str]) -> str:
 
 
 def _record_table(evaluations: list[Evaluation], labels: list[str]) -> str:
-    return _table(
+    return table(
         "Where the figures are from",
         ("evaluation", "measured", "hardware", "robustkit", "notes"),
         (
@@ -300,7 +307,7 @@ def _record_table(evaluations: list[Evaluation], labels: list[str]) -> str:
     )
 
 
-def _table(caption: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table(caption: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table whose first cell of a row is its header; every text is escaped here."""
     lines = [f"<table>\n<caption>{escape(caption)}</caption>\n<thead><tr>"]
     lines += [f'<th scope="col">{escape(name)}</th>' for name in head]
@@ -328,7 +335,7 @@ def _labels(evaluations: list[Evaluation]) -> list[str]:
     ]
 
 
-def _drawable(label: str) -> str:
+def drawable(label: str) -> str:
     """A label as the figure's font has it, and no longer than fits; tables hold the whole."""
     plain = label.encode("ascii", "replace").decode()
     plain = "".join(letter if letter.isprintable() else "?" for letter in plain)

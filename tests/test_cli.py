@@ -25,7 +25,7 @@ from robustkit.train import RECIPES
 from tests.oracle import evaluation
 
 Run = Callable[..., tuple[int, str, str]]
-COMMANDS = ("doctor", "train", "evaluate", "report", "leaderboard")
+COMMANDS = ("doctor", "train", "evaluate", "certify", "curve", "report", "leaderboard")
 
 
 @pytest.fixture(autouse=True)

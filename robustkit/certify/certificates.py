@@ -150,16 +150,7 @@ class Certification:
 
     def summary(self) -> dict[str, Any]:
         """The totals that a reader wants beside the rows."""
-        return {
-            "n": len(self.rows),
-            "threat": self.threat,
-            "abstained": sum(row.prediction == ABSTAIN for row in self.rows),
-            "average_certified_radius": average_radius(self.rows),
-            "certified": [
-                {"radius": radius, "share": share.share, "k": share.k, "low": share.low, "high": share.high}
-                for radius, share in curve(self.rows)
-            ],
-        }
+        return {"threat": self.threat, **totals(self.rows)}
 
     @classmethod
     def from_json(cls, text: str) -> Self:
@@ -195,6 +186,19 @@ def curve(rows: Sequence[Row], step: float = 0.25) -> list[tuple[float, Interval
     return [
         (i * step, certified_accuracy(rows, i * step)) for i in range(math.floor(largest / step + 1e-9) + 2)
     ]
+
+
+def totals(rows: Sequence[Row]) -> dict[str, Any]:
+    """What a table of certificates says, for programs."""
+    return {
+        "n": len(rows),
+        "abstained": sum(row.prediction == ABSTAIN for row in rows),
+        "average_certified_radius": average_radius(rows),
+        "certified": [
+            {"radius": radius, "share": share.share, "k": share.k, "low": share.low, "high": share.high}
+            for radius, share in curve(rows)
+        ],
+    }
 
 
 def beyond_bound(rows: Sequence[Row], smoothing: Smoothing) -> tuple[Row, ...]:
@@ -292,6 +296,15 @@ def _seconds(text: str) -> float:
     for part in text.split(":"):
         total = 60 * total + float(part)
     return total
+
+
+def is_certification(path: Path) -> bool:
+    """Whether the JSON at `path` says that it is a certification; what cannot be read is none."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(record, dict) and record.get("type") == Certification.__name__
 
 
 def read_certification(path: Path) -> Certification:

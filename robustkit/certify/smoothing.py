@@ -55,10 +55,7 @@ def votes(
     Raises: RobustkitError when the batch size is no multiple of BLOCK, or the model does not return a
     finite row of logits for each copy.
     """
-    if batch_size < 1 or batch_size % BLOCK:
-        raise RobustkitError(
-            f"the batch size must be a multiple of {BLOCK}, the noise's block; got {batch_size}."
-        )
+    _check_batch_size(batch_size)
     copies = torch.empty((min(batch_size, n), *image.shape), device=image.device, dtype=image.dtype)
     counts = torch.zeros((), dtype=torch.int64, device=image.device)
     with torch.no_grad(), strict_fp32(), attackable(model):
@@ -172,6 +169,7 @@ def certify(
     Raises: RobustkitError on unusable images or logits, and when the file is the log of something else.
     """
     check_batch(data.x, data.y)
+    _check_batch_size(batch_size)
     base_model = prepare(model, data.x[:BLOCK])
     base = base_of(base_model, data, smoothing.sigma, seed)
     if base.warning and progress:
@@ -185,9 +183,17 @@ def certify(
         "seed": seed,
         "notes": list(notes),
     }
-    bar = tqdm(total=len(data), desc="certify", unit="image", disable=not progress, file=sys.stderr)
-    with rows_file(rows, settings) as (done, append), bar:
-        bar.update(len(done))
+    with (
+        rows_file(rows, settings) as (done, append),
+        tqdm(
+            total=len(data),
+            initial=len(done),
+            desc="certify",
+            unit="image",
+            disable=not progress,
+            file=sys.stderr,
+        ) as bar,
+    ):
         for position in range(len(done), len(data)):
             done.append(_certify(base_model, data, position, smoothing, seed, batch_size))
             append(done[-1])
@@ -237,6 +243,13 @@ def base_of(model: Model, data: Dataset, sigma: float, seed: int) -> Base:
                 check_logits(logits, y)
                 right.append(int((logits.argmax(1) == y).sum()))
     return Base("float32", Interval(sum(clean), len(data)), Interval(sum(noisy), len(data)))
+
+
+def _check_batch_size(batch_size: int) -> None:
+    if batch_size < 1 or batch_size % BLOCK:
+        raise RobustkitError(
+            f"the batch size must be a multiple of {BLOCK}, the noise's block; got {batch_size}."
+        )
 
 
 def _check_votes(logits: Tensor, n: int) -> None:
