@@ -73,8 +73,8 @@ def strongest(model: Linear, x: Tensor, y: Tensor, ball: Ball) -> np.ndarray:
     return np.asarray(found.reshape(x.shape))
 
 
-def dataset(x: Tensor, y: Tensor) -> Dataset:
-    return Dataset(x, y, tuple(range(len(x))), PROVENANCE, ("0", "1"))
+def dataset(x: Tensor, y: Tensor, classes: int = 2) -> Dataset:
+    return Dataset(x, y, tuple(range(len(x))), PROVENANCE, tuple(map(str, range(classes))))
 
 
 def linear_data(model: Linear, seed: int = 0, n: int = 200) -> Dataset:

@@ -133,7 +133,7 @@ def _run(
             course.keep(~leaving)
             if len(course.row) == 0:
                 break
-    found[course.row], highest[course.row] = course.best, course.highest
+    found[course.row], highest[course.row] = course.best, course.highest.to(highest.dtype)
     return found, highest, fooled
 
 
