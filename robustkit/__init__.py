@@ -28,7 +28,13 @@ if TYPE_CHECKING:
     from robustkit.attacks.apgd import apgd_targeted as apgd_targeted
     from robustkit.attacks.fgsm import fgsm as fgsm
     from robustkit.attacks.fgsm import rs_fgsm as rs_fgsm
+    from robustkit.attacks.library import LIBRARY as LIBRARY
+    from robustkit.attacks.noise import noise as noise
     from robustkit.attacks.pgd import pgd as pgd
+    from robustkit.attacks.spatial import spatial_grid as spatial_grid
+    from robustkit.attacks.spatial import spatial_random as spatial_random
+    from robustkit.attacks.square import square as square
+    from robustkit.attacks.transfer import transfer as transfer
     from robustkit.data import Dataset as Dataset
     from robustkit.data import load as load
     from robustkit.defences import DEFENCES as DEFENCES
@@ -51,18 +57,23 @@ if TYPE_CHECKING:
     from robustkit.results import Provenance as Provenance
     from robustkit.results import read_evaluation as read_evaluation
     from robustkit.threat import Ball as Ball
+    from robustkit.threat import RotationTranslation as RotationTranslation
     from robustkit.threat import ThreatModel as ThreatModel
     from robustkit.threat import white_box as white_box
     from robustkit.train import RECIPES as RECIPES
     from robustkit.train import Recipe as Recipe
     from robustkit.train import Schedule as Schedule
     from robustkit.train import find_recipe as find_recipe
+    from robustkit.wrappers import BPDA as BPDA
+    from robustkit.wrappers import EOT as EOT
 
 # Where each public name is; modules stand for themselves.
 _HOME = {
     name: module
     for module, names in {
-        "attacks": "attacks Attack apgd apgd_targeted fgsm pgd rs_fgsm",
+        "attacks": "attacks Attack apgd apgd_targeted fgsm noise pgd rs_fgsm spatial_grid spatial_random "
+        "square transfer",
+        "attacks.library": "LIBRARY",
         "data": "data Dataset load",
         "defences": "DEFENCES",
         "device": "TIERS pick_device seeded tier",
@@ -73,8 +84,9 @@ _HOME = {
         "models": "models MODELS Normalize build load_weights pretrained save_weights",
         "report": "report",
         "results": "results Evaluation Interval Provenance read_evaluation",
-        "threat": "threat Ball ThreatModel white_box",
+        "threat": "threat Ball RotationTranslation ThreatModel white_box",
         "train": "train RECIPES Recipe Schedule find_recipe",
+        "wrappers": "BPDA EOT",
     }.items()
     for name in names.split()
 }

@@ -20,7 +20,18 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from robustkit import __version__
-from robustkit.attacks import Attack, apgd, apgd_targeted, fgsm, pgd, rs_fgsm
+from robustkit.attacks import (
+    Attack,
+    apgd,
+    apgd_targeted,
+    fgsm,
+    noise,
+    pgd,
+    rs_fgsm,
+    spatial_grid,
+    spatial_random,
+    square,
+)
 from robustkit.attacks.library import AUTOATTACK_PARTS, LIBRARY
 from robustkit.data import Dataset
 from robustkit.device import Model, attackable, hardware, prepare, seeded, strict_fp32
@@ -49,6 +60,10 @@ ATTACKS: dict[str, Attack] = {
     "apgd-ce": apgd,
     "apgd-dlr": partial(apgd, loss=dlr),
     "apgd-t": apgd_targeted,
+    "square": partial(square, queries=5000),
+    "noise": partial(noise, draws=100),
+    "spatial-grid": spatial_grid,
+    "spatial-random": partial(spatial_random, draws=10),
 }
 
 
