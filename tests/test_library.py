@@ -12,8 +12,8 @@ from robustkit.device import seeded
 from robustkit.threat import Ball
 
 
-def trained(classes: int = 10) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
-    """A small convolutional net that fits its 120 points, and 40 of them: some robust, some not."""
+def trained(classes: int = 10, n: int = 12) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
+    """A small convolutional net that fits its 120 points, and `n` of them: some robust, some not."""
     x = torch.rand(120, 1, 8, 8, generator=seeded("points"))
     centres = torch.rand(classes, 1, 8, 8, generator=seeded("centres"))
     y = torch.arange(120) % classes
@@ -29,7 +29,7 @@ def trained(classes: int = 10) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
         nn.functional.cross_entropy(model(x), y).backward()
         optimiser.step()
     optimiser.zero_grad()
-    return model.eval(), x[:12], y[:12]
+    return model.eval(), x[:n], y[:n]
 
 
 @pytest.fixture(scope="module")

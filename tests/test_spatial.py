@@ -6,14 +6,15 @@ import numpy as np
 import pytest
 import torch
 from scipy import ndimage
+from torch import nn
 
-from robustkit.attacks import fgsm, pgd, rs_fgsm
+from robustkit.attacks import fgsm, noise, pgd, rs_fgsm, spatial_grid, spatial_random, square
 from robustkit.device import seeded
 from robustkit.errors import RobustkitError
-from robustkit.evaluate import check_candidates
+from robustkit.evaluate import check_candidates, evaluate
 from robustkit.results import Evaluation
 from robustkit.threat import Ball, RotationTranslation, ThreatModel
-from tests.oracle import evaluation, linear
+from tests.oracle import dataset, evaluation, linear
 
 THREAT = RotationTranslation(30, 2)
 
@@ -146,10 +147,10 @@ def test_a_record_that_is_neither_is_refused():
             Evaluation.from_json(text.replace(old, new))
 
 
-@pytest.mark.parametrize("attack", [fgsm, rs_fgsm, pgd])
+@pytest.mark.parametrize("attack", [fgsm, rs_fgsm, pgd, noise, square])
 def test_an_lp_attack_refuses_it_in_a_sentence(attack):
     x = torch.rand(4, 3, 2, 2, generator=seeded(0))
-    with pytest.raises(RobustkitError, match="no Lp ball"):
+    with pytest.raises(RobustkitError, match=r"no Lp ball|no rotation-translation form"):
         attack(linear(), x, torch.zeros(4, dtype=torch.int64), THREAT, generator=seeded(0))
 
 
@@ -158,3 +159,122 @@ def test_the_judge_refuses_an_image_that_no_transform_gives():
     with pytest.raises(RobustkitError, match=r"left its ball on 6 of 6 images: no transform"):
         check_candidates("an attack", x, (x + 0.01).clamp(0, 1), THREAT)
     check_candidates("an attack", x, x.clone(), THREAT)
+
+
+# --- the attacks -----------------------------------------------------------------------------------
+
+
+class Template(nn.Module):
+    """Class 1 where one transform of the image is near: fooled by that transform and its neighbours."""
+
+    def __init__(self, targets: torch.Tensor, reach: float) -> None:
+        super().__init__()
+        self.targets, self.reach, self.asked = targets, reach, 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.asked += len(x)
+        distance = (x[:, None] - self.targets).flatten(2).norm(dim=2).amin(1)
+        return torch.stack([distance - self.reach, self.reach - distance], 1)
+
+
+@pytest.mark.parametrize("row", [0, 3, 386, 387, 388, 550, 774])
+def test_the_grid_finds_the_one_transform_that_fools(row):
+    """Nothing but one point of the lattice fools the model; a grid without shifts, say, misses it."""
+    x = images(2)
+    target = THREAT.transformed(x, THREAT.transforms()[row].expand(2, 3))
+    model = Template(target, 1e-3)
+    y = torch.zeros(2, dtype=torch.int64)
+    found = spatial_grid(model, x, y, THREAT)
+    torch.testing.assert_close(found, target, atol=1e-6, rtol=0)
+    assert model.asked == 2 * (row + 1)  # in order, and no further than needed
+    assert THREAT.contains(x, found).all()
+
+
+def test_the_grid_returns_the_nearest_miss_where_nothing_fools():
+    x = images(3)
+    lattice = THREAT.transforms()
+    wanted = lattice[torch.tensor([70, 400, 700])]
+    target = THREAT.transformed(x, wanted)
+    # The true class wins everywhere, least at the target.
+    model = Template(target, -1.0)
+    found = spatial_grid(model, x, torch.zeros(3, dtype=torch.int64), THREAT)
+    torch.testing.assert_close(found, target, atol=1e-6, rtol=0)
+    assert model.asked == 3 * len(lattice)
+
+
+def test_random_draws_are_the_lattices_each_example_its_own_and_the_worst_is_kept():
+    x = images(1).expand(400, -1, -1, -1).clone()
+    y = torch.zeros(400, dtype=torch.int64)
+    threat = RotationTranslation(30, 2)
+    far = Template(torch.full((1, 2, 9, 12), 5.0), 0.0)  # never fooled
+    one = spatial_random(far, x, y, threat, draws=1, generator=seeded(0))
+    members = threat.transformed(x[:1].expand(775, -1, -1, -1), threat.transforms())
+    nearest = torch.cdist(
+        one.flatten(1), members.flatten(1), compute_mode="donot_use_mm_for_euclid_dist"
+    ).min(1)
+    assert nearest.values.max() < 1e-3
+    rows = nearest.indices
+    # 400 uniform draws from 775: 312 different ones are expected, standard deviation about 7.
+    assert 280 < len(rows.unique()) < 345
+    drawn = threat.transforms()[rows]
+    for column, levels in ((0, 31), (1, 5), (2, 5)):
+        assert len(drawn[:, column].unique()) == levels
+    with torch.no_grad():
+        losses = [
+            (
+                far(spatial_random(far, x, y, threat, draws=draws, generator=seeded(0)))
+                * torch.tensor([-1, 1])
+            ).sum(1)
+            for draws in (1, 10)
+        ]
+    assert (losses[1] >= losses[0]).float().mean() > 0.85  # worst of ten against one
+    assert far.asked == 400 * (1 + 1 + 10 + 2)
+
+
+def test_random_stops_at_what_fools_and_the_grid_breaks_no_less():
+    x = images(30)
+    y = torch.zeros(30, dtype=torch.int64)
+    lattice = THREAT.transforms()
+    model = Template(THREAT.transformed(x, lattice[torch.arange(30) * 25]), 0.9)
+    by_random = spatial_random(model, x, y, THREAT, draws=20, generator=seeded(0))
+    by_grid = spatial_grid(model, x, y, THREAT)
+    with torch.no_grad():
+        random_wins, grid_wins = (model(found).argmax(1) == 1 for found in (by_random, by_grid))
+    assert 0 < random_wins.sum() < 30
+    assert (random_wins <= grid_wins).all()
+    assert grid_wins.all()
+
+
+@pytest.mark.parametrize("attack", [spatial_grid, spatial_random])
+def test_a_spatial_attack_refuses_a_ball_and_what_is_no_image(attack):
+    y = torch.zeros(4, dtype=torch.int64)
+    with pytest.raises(RobustkitError, match=r"needs a RotationTranslation; got a ball, Linf eps=0.1"):
+        attack(linear(), torch.rand(4, 3, 2, 2), y, Ball("Linf", 0.1))
+    with pytest.raises(RobustkitError, match=r"images of shape"):
+        attack(linear(), torch.rand(4, 12), y, THREAT)
+    with pytest.raises(RobustkitError, match="at least 1 query"):
+        spatial_random(linear(), torch.rand(4, 3, 2, 2), y, THREAT, draws=0)
+
+
+def test_no_turn_and_no_shift_change_nothing():
+    x = images()
+    y = torch.zeros(6, dtype=torch.int64)
+    model = Template(torch.full((1, 2, 9, 12), 5.0), 0.0)
+    for attack in (spatial_grid, spatial_random):
+        assert torch.equal(attack(model, x, y, RotationTranslation(0, 0), generator=seeded(0)), x)
+
+
+def test_an_evaluation_under_rotation_and_translation():
+    """Judged from end to end; an Lp attack among the spatial ones is refused."""
+    x = images(20)
+    lattice = THREAT.transforms()
+    reachable = THREAT.transformed(x[:8], lattice[torch.arange(8) * 90])
+    model = Template(reachable, 1e-3).eval()
+    data = dataset(x, torch.zeros(20, dtype=torch.int64))
+    attacks = {"spatial-random": spatial_random, "spatial-grid": spatial_grid}
+    found = evaluate(model, data, THREAT, attacks, model_name="template", tier="smoke", progress=False)
+    assert [name is not None for name in found.broken_by] == [i < 8 for i in range(20)]
+    assert Evaluation.from_json(found.to_json()) == found
+    assert str(THREAT) in str(found.threat)
+    with pytest.raises(RobustkitError, match="no Lp ball"):
+        evaluate(model, data, THREAT, {"fgsm": fgsm}, model_name="t", tier="smoke", progress=False)

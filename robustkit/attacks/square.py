@@ -30,8 +30,9 @@ def square(
 
     Source: Andriushchenko et al. 2020 (arXiv 1912.00049), algorithms 1 to 3: stripes of +-eps and then
     squares of one sign a channel for Linf; bumps and moved mass for L2. The schedule of the share
-    `p_init` is the paper's, rescaled to `queries`. Differences: each example draws its own square, with
-    every position possible; the first start counts as a query.
+    `p_init` is the paper's, rescaled to `queries`. Differences from pyautoattack: each example draws its
+    own square, not the batch one, and squares reach the last row and column, as in the paper; the start
+    counts as a query.
     Shapes: x (n, channels, height, width), y (n,) -> as x. Units: inputs in [0, 1]; at most `queries`
     model evaluations per example, no gradient. Randomness: `generator` alone.
     Raises: RobustkitError for another norm, x that does not hold images in [0, 1], fewer than one query,
@@ -50,7 +51,7 @@ def square(
     def propose(query: int, clean: Tensor, best: Tensor) -> Tensor:
         if query == 0:
             return start(clean, ball, generator)
-        return move(clean, best, ball, _side(query / queries, p_init, clean, smallest), generator)
+        return move(clean, best, ball, _side((query - 1) / queries, p_init, clean, smallest), generator)
 
     return random_search(model, x, y, queries, propose)
 
