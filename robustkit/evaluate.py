@@ -33,6 +33,7 @@ from robustkit.attacks import (
     square,
 )
 from robustkit.attacks.library import AUTOATTACK_PARTS, LIBRARY
+from robustkit.attacks.transfer import on_surrogate
 from robustkit.data import Dataset
 from robustkit.device import Model, attackable, hardware, prepare, seeded, strict_fp32
 from robustkit.errors import RobustkitError
@@ -79,7 +80,11 @@ PROTOCOLS: dict[str, Mapping[str, Attack]] = {
 }
 
 # What an attack needs to know, where it is less than everything: an attack, or the function of a partial.
-_KNOWLEDGE: list[tuple[Attack, str]] = [(LIBRARY["autoattack-square"], "score-based")]
+_KNOWLEDGE: list[tuple[Any, str]] = [
+    *((attack, "score-based") for attack in (square, noise, spatial_grid, spatial_random)),
+    (LIBRARY["autoattack-square"], "score-based"),
+    (on_surrogate, "transfer"),
+]
 
 # A model whose logits change from one call to the next is asked this often for each verdict.
 DRAWS = 10

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import pickle
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,14 +13,15 @@ import torch
 from pyautoattack.square import SquareAttack
 from torch import nn
 
-from robustkit.attacks import fgsm, noise, pgd, square, transfer
+from robustkit.attacks import Attack, fgsm, noise, pgd, square, transfer
 from robustkit.attacks.search import random_search
 from robustkit.attacks.square import HALVINGS, _bump, _side
 from robustkit.device import Prepared, attackable, seeded
 from robustkit.errors import RobustkitError
+from robustkit.evaluate import evaluate
 from robustkit.losses import margin
 from robustkit.threat import Ball, RotationTranslation
-from tests.oracle import DUAL, Linear, interior, linear, margins, strongest
+from tests.oracle import DUAL, Linear, dataset, interior, linear, margins, strongest
 from tests.test_library import right, trained
 
 SIZES = {"Linf": 0.06, "L2": 0.35}
@@ -250,7 +252,7 @@ def test_a_point_that_fools_only_the_quick_half_of_a_prepared_model_stays():
         return torch.cat([0.1 - x, x - 0.1], 1)
 
     def strict(x: torch.Tensor) -> torch.Tensor:
-        return torch.cat([0.8 - x, x - 0.8], 1)
+        return torch.cat([0.85 - x, x - 0.85], 1)
 
     def propose(query: int, clean: torch.Tensor, best: torch.Tensor) -> torch.Tensor:
         return torch.full_like(clean, 0.2 + 0.1 * query)
@@ -317,6 +319,23 @@ def test_a_transfer_attack_can_be_sent_to_a_worker():
     again = pickle.loads(pickle.dumps(transfer(model, fgsm)))
     ball = Ball("Linf", 0.1)
     assert torch.equal(again(untouchable, x, y, ball), transfer(model, fgsm)(untouchable, x, y, ball))
+
+
+def test_what_an_attack_knows_is_in_the_result():
+    x, model = interior(n=10), linear()
+    with torch.no_grad():
+        data = dataset(x, model(x).argmax(1))
+
+    def knowledge(**attacks: Attack) -> str:
+        ball = Ball("Linf", 0.01)
+        return evaluate(
+            model, data, ball, attacks, model_name="linear", tier="smoke", progress=False
+        ).threat.knowledge
+
+    score = partial(square, queries=5)
+    assert knowledge(square=score, noise=noise) == "score-based"
+    assert knowledge(transfer=transfer(linear(1), fgsm)) == "transfer"
+    assert knowledge(square=score, fgsm=fgsm) == "white-box"
 
 
 def test_margin_is_what_square_raises(small):

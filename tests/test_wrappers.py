@@ -40,7 +40,7 @@ def test_bpda_reaches_the_closed_form_where_plain_pgd_gets_nothing(norm):
     masked = nn.Sequential(linear_after(quantise), bare)
     y = labelled(masked, x)
     ball = Ball(norm, 0.1)
-    _, gradient = input_gradient(masked, x, y, cross_entropy)
+    _, _, gradient = input_gradient(masked, x, cross_entropy, y)
     assert (gradient == 0).all()
     settings = {"steps": 20, "step_size": 0.1, "start": x}
     assert torch.equal(pgd(masked, x, y, ball, **settings), x)
@@ -115,7 +115,7 @@ def gradient_error(draws: int, seed: int) -> float:
     x = interior(n=40)
     model = Noisy(linear())
     y = labelled(model.bare, x)
-    _, found = input_gradient(EOT(model, draws, seeded(seed)), x, y, margin)
+    _, _, found = input_gradient(EOT(model, draws, seeded(seed)), x, margin, y)
     # margin = -(2y - 1) 2z, and the mask halves the mean weight.
     exact = -(2 * y - 1)[:, None] * model.bare.w.detach()
     return ((found.flatten(1) - exact).norm(dim=1) / exact.norm(dim=1)).mean().item()
