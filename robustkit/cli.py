@@ -152,6 +152,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     limit = _IMAGES[tier] if options.n is None else options.n
     images = data.load(options.data, options.split, limit=limit, seed=options.seed, device=place)
     _check_fits(model, name, images)
+    batch_size = min(scale.shared(lambda: device.batch_size(model, images.x)))
     with scale.journal_of_rank(journal) as path:
         evaluation = evaluate.evaluate(
             model,
@@ -161,6 +162,7 @@ def _evaluate(options: argparse.Namespace) -> int:
             model_name=_model_name(options.weights),
             tier=tier,
             seed=options.seed,
+            batch_size=batch_size,
             runner=scale.ranks if scale.world() > 1 else evaluate.in_turn,
             journal=path,
             progress=scale.rank() == 0,

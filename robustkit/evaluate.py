@@ -35,11 +35,11 @@ from robustkit.attacks import (
 from robustkit.attacks.library import AUTOATTACK_PARTS, LIBRARY
 from robustkit.attacks.transfer import on_surrogate
 from robustkit.data import Dataset
-from robustkit.device import Model, attackable, hardware, prepare, seeded, strict_fp32
+from robustkit.device import Model, Prepared, attackable, hardware, prepare, seeded, strict_fp32
 from robustkit.errors import RobustkitError
 from robustkit.journal import Done, Journal, opened
 from robustkit.losses import dlr, margin
-from robustkit.results import CLEAN, AttackRun, Evaluation, Hardware
+from robustkit.results import CLEAN, AttackRun, Evaluation, Hardware, Provenance
 from robustkit.threat import (
     KNOWLEDGE,
     Ball,
@@ -191,8 +191,9 @@ def evaluate(
     attack proposes candidates; `Attacker` measures them against the ball and predicts them again
     in strict float32, so that nothing an attack says about its own success counts.
     With `journal`, every finished batch is one line of that file: the same call after a kill goes on
-    from there and gives the result of an uninterrupted one, but for the seconds. The file stays; remove
-    it once the result is stored. When memory runs out the batches are halved, and the notes say so.
+    from there, in batches of the size that it was begun with, and gives the result of an uninterrupted
+    one, but for the seconds. The file stays; remove it once the result is stored.
+    When memory runs out the batches are halved, and the notes say so.
     A model whose logits change from call to call gets `DRAWS` predictions for each verdict, clean ones
     included, and one wrong prediction breaks the image: the attacker may try again. The notes say so.
     Source: Croce & Hein 2020 (arXiv 2003.01690), section 5, for the worst case per example.
@@ -210,36 +211,31 @@ def evaluate(
     check_places(model, data.x, data.y)
     check_batch(data.x, data.y)
     check_units(ball, data.x)
+    search = prepare(model, data.x[:batch_size])
+    model = model.strict if isinstance(model, Prepared) else model
     with _global_random_state(data.x.device, seed, "probe"):
         probe, again = (_strict_logits(model, data.x[:PROBED]) for _ in range(2))
     check_logits(probe, data.y[:PROBED], classes=len(data.classes))
     check_no_probabilities(probe)
     steady = _agree(probe, again)
     settings = {name: _parameters(attack) for name, attack in attacks.items()}
-    work = Attacker(
-        model,
-        prepare(model, data.x[:batch_size]),
-        data,
-        ball,
-        {CLEAN: _untouched, **attacks},
-        seed,
-        1 if steady else DRAWS,
-    )
+    draws = 1 if steady else DRAWS
+    work = Attacker(model, search, data, ball, {CLEAN: _untouched, **attacks}, seed, draws)
     header = {
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "hardware": asdict(hardware(data.x.device)),
+        "data": asdict(data.provenance),
+        "batch_size": batch_size,
         "identity": {
             "robustkit": __version__,
             "model": model_name,
             "weights": _digest(model.state_dict().values()) if isinstance(model, nn.Module) else "",
             "logits": probe[:4].nan_to_num().flatten().tolist() if steady else None,
-            "data": str(data.provenance),
             "images": _digest([data.x, data.y, torch.tensor(data.indices)]),
             "ball": repr(ball),
             "attacks": [[name, _origin(attack), settings[name]] for name, attack in attacks.items()],
             "seed": seed,
             "tier": tier,
-            "batch size": batch_size,
         },
     }
     broken_by: list[str | None] = [None] * len(data)
@@ -250,7 +246,7 @@ def evaluate(
             with tqdm(
                 total=len(left), desc=label, unit="image", disable=not progress, file=sys.stderr
             ) as bar:
-                for done in _finish(work, name, left, record, runner, batch_size):
+                for done in _finish(work, name, left, record, runner):
                     for row in done.broken:
                         broken_by[row] = name
                     bar.update(len(done.rows))
@@ -258,7 +254,7 @@ def evaluate(
     return Evaluation(
         model=model_name,
         threat=ThreatModel(ball, strongest_knowledge(attacks), goal="untargeted", queries=None),
-        data=data.provenance,
+        data=Provenance(**record.header["data"]),
         indices=tuple(int(i) for i in data.indices),
         attacks=tuple(
             AttackRun(name, settings[name], sum(done.seconds for done in record.done if done.attack == name))
@@ -269,19 +265,19 @@ def evaluate(
         tier=tier,
         hardware=Hardware(**record.header["hardware"]),
         created=record.header["created"],
-        notes=tuple(_notes(model, steady, record, data.x.device, batch_size)),
+        notes=tuple(_notes(model, steady, record, data.x.device)),
         protocol=_protocol_of(attacks),
     )
 
 
 def _finish(
-    work: Attacker, attack: str, rows: Sequence[int], journal: Journal, runner: Runner, batch_size: int
+    work: Attacker, attack: str, rows: Sequence[int], journal: Journal, runner: Runner
 ) -> Iterator[Done]:
     """All jobs of one attack on `rows`: those in the journal first, then the others, which are written there.
 
     Out of memory, the batches that are left are halved, for later attacks as well.
     """
-    size = min([batch_size, *(done.batch_size for done in journal.done)])
+    size = min([journal.header["batch_size"], *(done.batch_size for done in journal.done)])
     before = journal.of(attack, rows)
     yield from before
     left = _without(rows, before)
@@ -322,9 +318,7 @@ def _agree(logits: Tensor, again: Tensor) -> bool:
     return torch.allclose(logits, again, rtol=0, atol=1e-4 * scale)
 
 
-def _notes(
-    model: Model, steady: bool, journal: Journal, device: torch.device, batch_size: int
-) -> Iterator[str]:
+def _notes(model: Model, steady: bool, journal: Journal, device: torch.device) -> Iterator[str]:
     """What a reader must know about how the figure came about."""
     if isinstance(model, nn.Module) and any(module.training for module in model.modules()):
         yield "the model came in train mode and was evaluated in eval mode"
@@ -336,9 +330,9 @@ def _notes(
     begun, here = Hardware(**journal.header["hardware"]), hardware(device)
     if begun != here:
         yield f"begun on {begun}, and gone on with on {here}"
-    smallest = min(done.batch_size for done in journal.done)
-    if smallest < batch_size:
-        yield f"out of memory: batches went down from {batch_size} to {smallest} images"
+    largest, smallest = journal.header["batch_size"], min(done.batch_size for done in journal.done)
+    if smallest < largest:
+        yield f"out of memory: batches went down from {largest} to {smallest} images"
 
 
 def _digest(tensors: Iterable[Tensor]) -> str:
@@ -396,6 +390,8 @@ def _setting(value: Any) -> Any:
     """A setting as JSON has it, and the same in every process: no address in memory."""
     if value is None or isinstance(value, int | str) or (isinstance(value, float) and math.isfinite(value)):
         return value
+    if isinstance(value, nn.Module):
+        return f"{type(value).__name__}, weights sha256 {_digest(value.state_dict().values())[:16]}"
     if isinstance(value, Tensor):
         return f"tensor {tuple(value.shape)}, sha256 {_digest([value])[:16]}"
     return getattr(value, "__name__", None) or re.sub(r" at 0x[0-9a-f]+", "", repr(value))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from robustkit.attacks import fgsm, pgd, rs_fgsm
 from robustkit.attacks.library import LIBRARY
+from robustkit.device import Prepared
 from robustkit.errors import RobustkitError
 from robustkit.evaluate import (
     ATTACKS,
@@ -232,6 +233,26 @@ def test_an_attack_cannot_talk_its_way_to_success():
     model = linear()
     found = measure(model, linear_data(model), BALL, {"relabel": relabel})
     assert found.robust == found.clean
+
+
+def test_a_search_model_cannot_talk_its_way_to_success_either():
+    """What fools the quick copy of a prepared model, and not the model, breaks nothing."""
+    model = linear()
+    prepared = Prepared(lambda x: -model(x), model)
+    found = measure(prepared, linear_data(model), BALL, {"nothing": nothing})
+    assert (found.clean.k, found.robust.k) == (180, 180)
+
+
+def test_attacks_are_given_the_prepared_model_and_verdicts_come_from_the_strict_one():
+    model, seen = linear(), []
+
+    def looking(model, x: Tensor, y: Tensor, ball: Ball, *, generator=None) -> Tensor:
+        seen.append(model)
+        return x
+
+    measure(model, linear_data(model), BALL, {"looking": looking})
+    assert isinstance(seen[0], Prepared)
+    assert seen[0].strict is model
 
 
 def test_an_attack_that_does_nothing_breaks_nothing():
