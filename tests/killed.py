@@ -44,20 +44,20 @@ def measured(model: Linear, journal: Path | None, **changes) -> Evaluation:
 
 
 class Mortal(Linear):
-    """The linear model, whose process is killed at its last forward pass."""
+    """The linear model, whose process is killed at its last forward pass, its copies' passes counted in."""
 
-    last = sys.maxsize
+    left = sys.maxsize
 
     def forward(self, x: Tensor) -> Tensor:
-        self.last -= 1
-        if self.last == 0:
+        Mortal.left -= 1
+        if Mortal.left == 0:
             os.kill(os.getpid(), signal.SIGKILL)
         return super().forward(x)
 
 
 def main(journal: str, result: str, forward: str) -> None:
-    model = Mortal(linear().w.detach(), float(linear().b)).eval()
-    model.last = int(forward)
+    model = Mortal(linear().w.detach(), float(linear().b.detach())).eval()
+    Mortal.left = int(forward)
     Path(result).write_text(measured(model, Path(journal)).to_json())
 
 
