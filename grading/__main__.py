@@ -67,6 +67,7 @@ def _run(arguments: argparse.Namespace) -> int:
         secret=course_secret(arguments.secret or workspace.secret),
         tier=arguments.tier,
         limits=run.Limits(arguments.cell_seconds, arguments.notebook_seconds),
+        confinement=arguments.sandbox,
     )
     _report(arguments, asdict(result), [f"{entry.exercise}: {entry.outcome}" for entry in result.exercises])
     return 0
@@ -109,11 +110,12 @@ def _feedback(arguments: argparse.Namespace) -> int:
 
 
 def _grade(arguments: argparse.Namespace) -> int:
-    from grading import grade
+    from grading import grade, sandbox
     from grading.pipeline import Settings
     from grading.run import Limits
 
-    settings = Settings(arguments.tier, Limits(arguments.cell_seconds, arguments.notebook_seconds))
+    limits = Limits(arguments.cell_seconds, arguments.notebook_seconds)
+    settings = Settings(arguments.tier, limits, sandbox.choose(arguments.sandbox))
     workspace = _workspace(arguments)
     return _graded(arguments, grade.grade(workspace, grade.lessons_in(workspace, arguments.lesson), settings))
 
@@ -279,6 +281,12 @@ def _limits(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--notebook-seconds", type=float, default=900, help="longest in all (default: %(default)g)"
+    )
+    parser.add_argument(
+        "--sandbox",
+        default="auto",
+        metavar="TIER",
+        help="bwrap, landlock, or none for submissions that you trust (default: the strongest that works here)",
     )
 
 

@@ -95,6 +95,7 @@ def settings(workspace: Workspace, how: Settings | None = None) -> Config:
     c.JudgedExecute.tier = how.tier
     c.JudgedExecute.cell_seconds = float(how.limits.cell)
     c.JudgedExecute.notebook_seconds = float(how.limits.notebook)
+    c.JudgedExecute.sandbox = how.sandbox
     return c
 
 

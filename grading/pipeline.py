@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from grading import feedback, judge, records
-from grading.run import KernelFactory, Limits, plain_kernel, run_submission
+from grading.run import Limits, run_submission
 from grading.score import Scorecard, score, write_scorecard
 from grading.workspace import ONE_THREAD, ROOT, Workspace, course_secret
 from robustkit.errors import RobustkitError
@@ -23,7 +23,7 @@ class Settings:
 
     tier: str = "smoke"
     limits: Limits = field(default_factory=Limits)
-    kernel: KernelFactory = plain_kernel
+    sandbox: str = "auto"  # a tier of grading.sandbox; "none" for submissions that the instructor trusts
 
 
 def assess(
@@ -42,7 +42,7 @@ def assess(
         secret=course_secret(secret),
         tier=settings.tier,
         limits=settings.limits,
-        kernel=settings.kernel,
+        confinement=settings.sandbox,
     )
     judge_aside(into / "evidence", into / "records.json", secret)
     return records.read_records(into / "records.json")

@@ -69,13 +69,18 @@ class JudgedExecute(NbGraderPreprocessor):
     tier = Unicode("smoke", help="Tier that submissions run in").tag(config=True)
     cell_seconds = Float(Limits.cell, help="Longest that a cell may run").tag(config=True)
     notebook_seconds = Float(Limits.notebook, help="Longest that a notebook may run").tag(config=True)
+    sandbox = Unicode("auto", help="auto, bwrap, landlock, or none for submissions that you trust").tag(
+        config=True
+    )
 
     def preprocess(self, nb: NotebookNode, resources: Resources) -> tuple[NotebookNode, Resources]:
         workspace = Workspace(
             Path(self.solutions), Path(self.course), Path(self.submitted), Path(self.private)
         )
         student, lesson = resources["nbgrader"]["student"], find_lesson(resources["nbgrader"]["assignment"])
-        settings = pipeline.Settings(self.tier, Limits(self.cell_seconds, self.notebook_seconds))
+        settings = pipeline.Settings(
+            self.tier, Limits(self.cell_seconds, self.notebook_seconds), self.sandbox
+        )
         folder = workspace.hop(student, lesson.id)
         verdicts = pipeline.assess(
             workspace.submission(student, lesson.id),

@@ -1,8 +1,8 @@
 """Submission -> evidence: execute a notebook and collect what its functions do on hidden cases.
 
 The only hop that touches learners' code. It records and judges nothing; whatever the notebook does, the
-result is a run.json that says how far it came. `plain_kernel` is the seam: a confined kernel takes its
-place by being another function from a folder to a kernel manager.
+result is a run.json that says how far it came. The kernel is confined by `grading.sandbox`, unless the
+instructor asks for a plain one by name; both are functions from a folder to a kernel manager.
 """
 
 # nbformat and nbgrader are not annotated.
@@ -10,6 +10,7 @@ place by being another function from a folder to a kernel manager.
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import math
@@ -29,7 +30,8 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionComplete, DeadKernelError
 from nbformat import NotebookNode
 
-from grading import evidence, notebooks, records
+from grading import evidence, notebooks, records, sandbox
+from grading.files import blank_plain
 from grading.records import COLLECTED, CRASHED, NOT_REACHED, TAMPERED, TIMED_OUT, Collected, Run
 from grading.workspace import ONE_THREAD, case_seed
 from robustkit import __version__
@@ -63,7 +65,7 @@ def _robustkit_probe(exercise, case, evidence):
     with load(case, allow_pickle=False) as arrays:
         save_arrays(evidence, collect(find_exercise(exercise), globals(), dict(arrays)))
 try:
-    _robustkit_probe({exercise!r}, "case.npz", "evidence.npz")
+    _robustkit_probe({exercise!r}, {case!r}, {evidence!r})
 finally:
     del _robustkit_probe
 """
@@ -89,6 +91,19 @@ def plain_kernel(folder: Path) -> AsyncKernelManager:
     return manager
 
 
+def kernel_in(tier: str, limits: Limits) -> KernelFactory:
+    """The kernels of a sandbox tier ("auto": the strongest that works here; "none": a plain kernel).
+
+    Raises: RobustkitError when the tier cannot be had here.
+    """
+    chosen = sandbox.choose(tier)
+    return (
+        plain_kernel
+        if chosen == sandbox.UNCONFINED
+        else sandbox.confined(chosen, seconds=limits.notebook + 60)
+    )
+
+
 def run_submission(
     path: Path,
     lesson: Lesson,
@@ -99,17 +114,19 @@ def run_submission(
     secret: bytes,
     tier: str = "smoke",
     limits: Limits | None = None,
-    kernel: KernelFactory = plain_kernel,
+    confinement: str = "auto",
 ) -> Run:
     """Check the notebook at `path`, rebuild it on the lesson's `release`, execute it, write evidence into `into`.
 
-    Raises: RobustkitError when the notebook cannot be graded at all; anything that goes wrong while it
-    runs is in the result instead.
+    Raises: RobustkitError when the notebook cannot be graded at all, or the sandbox `confinement` cannot be
+    had; anything that goes wrong while it runs is in the result instead.
     """
+    limits = limits or Limits()
+    kernel = kernel_in(confinement, limits)
     submitted, digest = notebooks.read_submission(path)
     notebook, restored = notebooks.restore(submitted, notebooks.read_release(release))
     job = Job(lesson, student, digest, restored, tier)
-    return execute(notebook, job, into, secret=secret, limits=limits or Limits(), kernel=kernel)
+    return execute(notebook, job, into, secret=secret, limits=limits, kernel=kernel)
 
 
 @dataclass(frozen=True)
@@ -134,7 +151,7 @@ def execute(
     *,
     secret: bytes,
     limits: Limits,
-    kernel: KernelFactory = plain_kernel,
+    kernel: KernelFactory,
 ) -> Run:
     """Execute a rebuilt notebook in a folder of its own; write evidence, run.json and executed.ipynb into `into`.
 
@@ -148,6 +165,10 @@ def execute(
         work, sockets = Path(private, "work"), Path(private, "k")
         work.mkdir()
         sockets.mkdir(mode=0o700)
+        for name in (sandbox.EXCHANGE_IN, sandbox.EXCHANGE_OUT):
+            blank_plain(
+                work / name
+            )  # there before the kernel: a sandbox mounts these two files, and no folder
         session = _Session(notebook, kernel(sockets), work, limits)
         with session.running(_environment(work, job.tier)):
             collected = _walk(session, job, secret, into)
@@ -199,29 +220,25 @@ def _walk(session: _Session, job: Job, secret: bytes, into: Path) -> dict[str, C
 
 def _collect(session: _Session, exercise: Exercise, case: Arrays, into: Path) -> Collected:
     """The evidence for one exercise, copied out of the kernel's folder unread."""
-    left, given = session.work / "evidence.npz", session.work / "case.npz"
-    for path in (left, given):
-        _remove(path)  # what a learner's cell may have put there
-    save_arrays(given, case)
-    status = session.run_probe(_PROBE.format(exercise=exercise.id))
-    _remove(given)
+    given, left = session.work / sandbox.EXCHANGE_IN, session.work / sandbox.EXCHANGE_OUT
+    blank_plain(left)  # what a learner's cell may have put there
+    written = io.BytesIO()
+    save_arrays(written, case)
+    blank_plain(given, written.getvalue())
+    status = session.run_probe(
+        _PROBE.format(exercise=exercise.id, case=sandbox.EXCHANGE_IN, evidence=sandbox.EXCHANGE_OUT)
+    )
+    blank_plain(given)
     if status in (CRASHED, TIMED_OUT):
         return Collected(exercise.id, status, "", "the check did not come to an end")
-    if not os.path.lexists(left):
-        return Collected(exercise.id, CRASHED, "", "the check ended without a result")
     try:
         data = evidence.take(left)
     except RobustkitError as error:
         return Collected(exercise.id, TAMPERED, "", str(error))
+    if not data:
+        return Collected(exercise.id, CRASHED, "", "the check ended without a result")
     write_atomically(into / f"{exercise.id}.npz", data)
     return Collected(exercise.id, COLLECTED, records.sha256(data), "")
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _environment(work: Path, tier: str) -> dict[str, str]:
@@ -238,6 +255,7 @@ def _environment(work: Path, tier: str) -> dict[str, str]:
         | kept
         | {
             "HOME": str(work),
+            "USER": "student",
             "TMPDIR": str(work),
             "IPYTHONDIR": str(work / ".ipython"),
             "JUPYTER_CONFIG_DIR": str(work / ".jupyter"),
