@@ -222,7 +222,7 @@ def test_kernel_sees_neither_the_callers_environment_nor_other_cases(course, rel
     monkeypatch.setenv("GRADER_TOKEN", "do not leak")
     look = """
 import os, pathlib
-print("TOKEN", os.environ.get("GRADER_TOKEN"), "FILES", sorted(os.listdir()), "HOME", os.environ["HOME"] == os.getcwd())
+print("TOKEN", os.environ.get("GRADER_TOKEN"), "CASE", os.path.getsize("case.npz"), "HOME", os.environ["HOME"] == os.getcwd())
 try:
     import grading
     print("GRADING importable")
@@ -233,7 +233,7 @@ except ImportError:
     executed = nbformat.read(tmp_path / "evidence" / "executed.ipynb", as_version=4)
     printed = small.cell(executed, "s0_robust_accuracy").outputs[0].text
     assert "TOKEN None" in printed
-    assert "case.npz" not in printed
+    assert "CASE 0 " in printed
     assert "HOME True" in printed
     assert "GRADING absent" in printed
 

@@ -31,6 +31,11 @@ def make(memory: int, processes: int) -> list[Path]:
     return made
 
 
+def places() -> list[Path]:
+    """The folders in which groups can be made."""
+    return [parent for parent, _ in _places(0, 0)]
+
+
 def _places(memory: int, processes: int) -> Iterator[tuple[Path, dict[str, int]]]:
     """The folders in which groups can be made, and what to write there."""
     if (ROOT / "cgroup.controllers").exists():  # version 2; a group with processes has no limited children
@@ -80,10 +85,9 @@ def remove(groups: Sequence[Path]) -> None:
 
 def sweep() -> int:
     """Remove the groups of graders that are gone, with whatever still runs in them; how many there were."""
-    parents = {parent for parent, _ in _places(0, 0)}
     left = [
         group
-        for parent in parents
+        for parent in places()
         for group in parent.glob(f"{_PREFIX}*")
         if not _alive(group.name.removeprefix(_PREFIX).split("-")[0])
     ]

@@ -36,7 +36,7 @@ class CappedClient(AsyncKernelClient):
     """A kernel client whose sockets refuse what is too large, before it is in our memory."""
 
     def _context_default(self) -> zmq.asyncio.Context:
-        context = zmq.asyncio.Context()
+        context = super()._context_default()
         context.setsockopt(zmq.MAXMSGSIZE, _MESSAGE_BYTES)
         return context
 
