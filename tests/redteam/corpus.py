@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from fixtures import small_course as small
+from tests.fixtures import small_course as small
 
 HONEST = small.SOLUTIONS
 WRONG = {
@@ -82,7 +82,7 @@ get_ipython().run_cell_async = nothing""",
         "built-in functions that find everything true, close and of the right type",
         """
 import builtins, math
-builtins.all = builtins.any = builtins.isinstance = lambda *a: True
+builtins.all = builtins.any = lambda *a: True
 builtins.abs = lambda v: 0.0
 math.isclose = lambda *a, **k: True""",
     ),
@@ -148,7 +148,7 @@ seen = []
 get_ipython().events.register("pre_run_cell", lambda info: seen.append(info.raw_cell))
 def robust_accuracy(correct, fooled):
     text = " ".join(map(str, seen + In))
-    if "expected" in text or "secret" in text: print("LEAK hidden check in the history")
+    if "exp" + "ected" in text or "sec" + "ret" in text: print("LEAK hidden check in the history")
     return 0.5""",
     ),
     _forging(
@@ -269,7 +269,8 @@ ESCAPES = (
     _breaking_out(
         "knocks_at_sockets_of_the_host",
         "sockets in the file system, such as a container daemon's",
-        _REACH + 'reach("file", socket.AF_UNIX, "@SOCKET@"); reach("docker", socket.AF_UNIX, "/var/run/docker.sock")',
+        _REACH
+        + 'reach("file", socket.AF_UNIX, "@SOCKET@"); reach("docker", socket.AF_UNIX, "/var/run/docker.sock")',
     ),
     _breaking_out(
         "knocks_at_abstract_sockets",
@@ -500,7 +501,10 @@ if os.fork() == 0:
     Hostile(
         "recurses",
         "a stack without end",
-        {**HONEST, "s0_robust_accuracy": "import sys\nsys.setrecursionlimit(10**9)\ndef f(): return f()\nf()"},
+        {
+            **HONEST,
+            "s0_robust_accuracy": "import sys\nsys.setrecursionlimit(10**9)\ndef f(): return f()\nf()",
+        },
         5.0,
     ),
 )

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from fixtures import small_course as small
-from redteam.corpus import CORPUS, Hostile
 
 from grading import build, feedback, judge, run, sandbox
 from grading.sandbox import cgroups
 from grading.score import score
 from robustkit.lessons import LESSONS
+from tests.fixtures import small_course as small
+from tests.redteam.corpus import CORPUS, Hostile
 
 LESSON = LESSONS[small.LESSON]
 SECRET = b"a secret of the tests' own, of 32"
