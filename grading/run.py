@@ -365,6 +365,11 @@ class _Session:
             return CRASHED
         except CellExecutionComplete:
             return ""
+        except Exception:
+            # A kernel may send anything: unsigned, malformed, with missing parts; nbclient raises as many
+            # kinds. Nothing that it says from here on can be believed.
+            self.dead = TAMPERED
+            return CRASHED
         content: Mapping[str, Any] = self._reply["content"] if self._reply else {}
         if content.get("status") != "error":
             return ""

@@ -35,7 +35,7 @@ def _forging(name: str, attempts: str, code: str) -> Hostile:
 
 
 def _breaking_out(name: str, attempts: str, code: str, points: float = 5.0, **more) -> Hostile:
-    """Honest answers to the last two exercises, and code in the first that reaches for the machine."""
+    """Code in the first exercise that reaches for the machine, and honest answers to the other two."""
     return Hostile(name, attempts, {**HONEST, "s0_distance": code}, points, **more)
 
 
@@ -247,7 +247,7 @@ import socket
 def reach(what, family, address, kind=socket.SOCK_STREAM):
     try:
         s = socket.socket(family, kind); s.settimeout(2); s.connect(address); s.send(b"x")
-        print("LEAK reached", what)
+        print("sent" if kind == socket.SOCK_DGRAM else "LEAK reached", what)  # a datagram may be lost: the host tells
     except OSError as error: print(what, error)
 """
 
@@ -329,7 +329,6 @@ libc = ctypes.CDLL(None, use_errno=True)
 if libc.ptrace(16, @GRADER@, 0, 0) == 0: print("LEAK traced")
 try: os.kill(-1, signal.SIGCONT)
 except OSError: pass""",
-        points=0.0,
     ),
     _breaking_out(
         "mounts_and_makes_name_spaces",
