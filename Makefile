@@ -13,7 +13,7 @@ LAB_ARGS ?=
 export GOMP_SPINCOUNT ?= 1000
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check lint notebooks lab bench clean distclean
+.PHONY: help setup demo test check lint notebooks redteam lab bench clean distclean
 
 help: ## list these targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -26,10 +26,10 @@ demo: setup ## grade a class of example submissions to lesson 1, from build to c
 
 # pytest comes last, so that its summary is the last line of a green run.
 test: setup lint notebooks ## everything that CI runs: lint, types, course build, notebooks, all tests
-	$(RUN) python -m pytest
+	$(RUN) python -m pytest -m "not redteam"
 
 check: setup lint ## the quick half of test: lint, types, course build, fast tests
-	$(RUN) python -m pytest -m "not slow and not browser"
+	$(RUN) python -m pytest -m "not slow and not browser and not redteam"
 
 lint: setup ## ruff, mypy, and that course/ is what solutions/ generates
 	$(RUN) python -m ruff check
@@ -41,6 +41,10 @@ lint: setup ## ruff, mypy, and that course/ is what solutions/ generates
 notebooks: setup ## execute every solution notebook in the smoke tier
 	$(RUN) ROBUSTKIT_TIER=smoke python -m pytest -W default --nbval-lax --nbval-current-env \
 	    --nbval-cell-timeout=600 solutions
+
+# A sample of the corpus is in `make test`; the whole takes about ten minutes.
+redteam: setup ## every hostile submission of tests/redteam, in every sandbox tier that works here
+	$(RUN) python -m pytest tests/redteam
 
 # nbgrader_config.py in this folder is what the nbgrader command and formgrader read.
 lab: setup ## JupyterLab on the course, with nbgrader and formgrader (LAB_ARGS="--no-browser --port 8889")

@@ -246,8 +246,9 @@ _REACH = """
 import socket
 def reach(what, family, address, kind=socket.SOCK_STREAM):
     try:
-        s = socket.socket(family, kind); s.settimeout(2); s.connect(address); s.send(b"x")
-        print("sent" if kind == socket.SOCK_DGRAM else "LEAK reached", what)  # a datagram may be lost: the host tells
+        s = socket.socket(family, kind); s.settimeout(2); s.connect(address)
+        if kind == socket.SOCK_STREAM: print("LEAK reached", what)
+        s.send(b"x")  # a datagram that went off may be lost: the host tells
     except OSError as error: print(what, error)
 """
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -17,6 +20,8 @@ import pytest
 from grading import build, feedback, judge, run, sandbox
 from grading.sandbox import cgroups
 from grading.score import score
+from grading.workspace import ROOT
+from robustkit.errors import RobustkitError
 from robustkit.lessons import LESSONS
 from tests.fixtures import small_course as small
 from tests.redteam.corpus import CORPUS, Hostile
@@ -193,3 +198,69 @@ def test_the_corpus_is_large_and_says_what_it_attempts():
 def test_the_reference_earns_everything_in_the_sandbox(course, tier, tmp_path, monkeypatch):
     card, _, _ = submit(course, Hostile("honest", "nothing", small.SOLUTIONS), tier, tmp_path, monkeypatch)
     assert card.points == card.maximum == 7
+
+
+@pytest.mark.parametrize(
+    "name", ["reads_what_is_not_its_own", "calls_home_over_tcp", "knocks_at_sockets_of_the_host"]
+)
+def test_the_corpus_bites_where_there_is_no_sandbox(course, name, tmp_path, monkeypatch):
+    """The same submissions in a plain kernel reach what they want: the tests above would notice."""
+    hostile = next(one for one in CORPUS if one.name == name)
+    card, printed, _ = submit(course, hostile, sandbox.UNCONFINED, tmp_path, monkeypatch)
+    assert "LEAK" in printed
+    assert card.points == hostile.points  # the grade, at least, needs no sandbox
+
+
+GRADER = """
+import sys
+from pathlib import Path
+from grading import run
+from robustkit.lessons import LESSONS
+path, release, into, tier = sys.argv[1:]
+lesson = LESSONS["{lesson}"]
+run.run_submission(Path(path), lesson, Path(release), Path(into), student="s", secret=b"x" * 32, confinement=tier)
+"""
+
+
+@pytest.mark.skipif(not tiers(), reason="no sandbox works on this machine")
+@pytest.mark.parametrize("tier", tiers())
+def test_nothing_outlives_a_grader_that_is_killed(course, tier, tmp_path):
+    mark = f"rk-outlives-{os.getpid()}-{tier}"
+    starts = f"""
+import subprocess, sys, time
+subprocess.Popen([sys.executable, "-c", "import time; time.sleep(120)", "{mark}"])
+time.sleep(120)"""
+    release = nbformat.read(course.release(LESSON.id), as_version=4)
+    path = tmp_path / "submission.ipynb"
+    nbformat.write(small.filled(release, {"s0_distance": starts}), path)
+    arguments = [str(path), str(course.release(LESSON.id)), str(tmp_path / "evidence"), tier]
+    grader = subprocess.Popen(
+        [sys.executable, "-c", GRADER.format(lesson=LESSON.id), *arguments],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+    )
+    try:
+        _wait(lambda: survivors((mark,)), 60)
+    finally:
+        grader.send_signal(signal.SIGKILL)
+        grader.wait()
+    _wait(lambda: not survivors((mark, str(course.release(LESSON.id)))), 10)
+    assert cgroups.sweep() <= 2  # the memory and the process group of the grader that was killed
+    assert not [place for parent in cgroups.places() for place in parent.glob(f"robustkit-{grader.pid}-*")]
+
+
+def _wait(done, seconds: float) -> None:
+    until = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < until, "it did not happen in time"
+        time.sleep(0.1)
+
+
+def test_an_unknown_or_missing_sandbox_is_refused_in_one_sentence(monkeypatch):
+    with pytest.raises(RobustkitError, match="unknown; choose auto, bwrap, landlock or none"):
+        sandbox.choose("docker")
+    monkeypatch.setattr(sandbox, "available", lambda: ())
+    for wanted in ("auto", "bwrap"):
+        with pytest.raises(RobustkitError, match=r"install bubblewrap .* or, .* say --sandbox none\."):
+            sandbox.choose(wanted)
+    assert sandbox.choose("none") == "none"
