@@ -12,11 +12,11 @@ import urllib.request
 
 import nbformat
 import pytest
-from fixtures import small_course as small
 
 from grading import build, grade, gradebook
 from grading.pipeline import Settings
 from grading.workspace import ROOT, repository
+from tests.fixtures import small_course as small
 
 CHROMIUM = shutil.which("chromium")
 QUIET = ("--no-sandbox", "--disable-gpu")

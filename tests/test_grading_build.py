@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import nbformat
 import pytest
-from fixtures import small_course as small
 from nbclient import NotebookClient
 
 from grading import build, leaks
 from robustkit.errors import RobustkitError
 from robustkit.lessons import LESSONS
+from tests.fixtures import small_course as small
 
 LESSON = small.LESSON
 

@@ -8,7 +8,6 @@ import sys
 
 import nbformat
 import pytest
-from fixtures import small_course as small
 from nbgrader.api import Gradebook
 from nbgrader.apps.api import NbGraderAPI
 
@@ -19,6 +18,7 @@ from grading.score import read_scorecard
 from grading.workspace import ROOT
 from robustkit.errors import RobustkitError
 from robustkit.files import write_atomically
+from tests.fixtures import small_course as small
 
 SETTINGS = Settings(limits=Limits(cell=60, notebook=120))
 

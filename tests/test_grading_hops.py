@@ -15,7 +15,6 @@ import zipfile
 import nbformat
 import numpy as np
 import pytest
-from fixtures import small_course as small
 
 from grading import build, evidence, feedback, judge, notebooks, records, run
 from grading.__main__ import main
@@ -25,6 +24,7 @@ from grading.workspace import ROOT, case_seed, check_student, course_secret
 from robustkit.contracts import CONTRACTS
 from robustkit.errors import RobustkitError
 from robustkit.lessons import LESSONS
+from tests.fixtures import small_course as small
 
 LESSON = LESSONS[small.LESSON]
 SECRET = b"a secret of the tests' own, of 32"

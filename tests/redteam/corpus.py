@@ -283,7 +283,7 @@ ESCAPES = (
         "the course secret, solutions, gradebook, other submissions, keys of the host",
         """
 import os
-for place in ("@SECRET@", "@SOLUTION@", "@GRADEBOOK@", "@OTHER@", "@CANARY@/canary", "/etc/shadow", "/root/.ssh/id_rsa"):
+for place in ("@SECRET@", "@SOLUTION@", "@GRADEBOOK@", "@OTHER@", "@CANARY@/canary", "/etc/shadow", os.path.expanduser("~root") + "/.ssh/id_rsa"):
     try: print("LEAK read", place, len(open(place, "rb").read(1)))
     except OSError as error: print(error)
 try: print("LEAK listed", os.listdir(os.path.dirname("@SECRET@")))
