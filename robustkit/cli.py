@@ -13,7 +13,8 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from robustkit.data import Dataset
     from robustkit.device import Model
     from robustkit.doctor import Diagnosis
+    from robustkit.evaluate import Runner
     from robustkit.leaderboard import Entry, Leaderboard, Standing
     from robustkit.results import Evaluation
     from robustkit.train import Run
@@ -153,7 +155,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     images = data.load(options.data, options.split, limit=limit, seed=options.seed, device=place)
     _check_fits(model, name, images)
     batch_size = min(scale.shared(lambda: device.batch_size(model, images.x)))
-    with scale.journal_of_rank(journal) as path:
+    with scale.journal_of_rank(journal) as path, _runner(options) as runner:
         evaluation = evaluate.evaluate(
             model,
             images,
@@ -163,7 +165,7 @@ def _evaluate(options: argparse.Namespace) -> int:
             tier=tier,
             seed=options.seed,
             batch_size=batch_size,
-            runner=scale.ranks if scale.world() > 1 else evaluate.in_turn,
+            runner=runner,
             journal=path,
             progress=scale.rank() == 0,
         )
@@ -228,6 +230,41 @@ def _curve(options: argparse.Namespace) -> int:
         _print_json({"type": "Curves", "logs": [_curve_record(*log, smoothing) for log in logs]})
     else:
         print("\n\n".join(_curve_text(*log, smoothing) for log in logs))
+    return 0
+
+
+@contextmanager
+def _runner(options: argparse.Namespace) -> Iterator[Runner]:
+    """Who does the jobs of an evaluation: the workers of --dask, or the ranks of a torchrun, mostly one."""
+    from robustkit import scale
+
+    if options.dask is None:
+        yield scale.ranks
+        return
+    if scale.world() > 1:
+        raise RobustkitError("--dask under torchrun would do everything twice; leave out one of the two.")
+    from robustkit import cluster
+
+    files = {"ca_file": options.tls_ca_file, "cert": options.tls_cert, "key": options.tls_key}
+    with cluster.connect(options.dask, **files) as client:
+        yield cluster.workers(client)
+
+
+def _tls_certificates(options: argparse.Namespace) -> int:
+    from robustkit import cluster
+
+    certificate, key = cluster.certificates(options.folder)
+    if options.json:
+        _print_json({"type": "Certificates", "certificate": str(certificate), "key": str(key)})
+    else:
+        print(
+            f"written: {certificate}, {key}\n\n"
+            f"  TLS='--tls-ca-file {certificate} --tls-cert {certificate} --tls-key {key}'\n"
+            "  dask scheduler $TLS --host 127.0.0.1 --port 8786 --no-dashboard\n"
+            "  dask worker $TLS --nworkers 2 --nthreads 1 --no-dashboard tls://127.0.0.1:8786\n"
+            "  robustkit evaluate $TLS --dask tls://127.0.0.1:8786 MODEL.safetensors --data mnist\n\n"
+            "Whoever has the key can run code on every worker: keep it as you keep a password."
+        )
     return 0
 
 
@@ -658,6 +695,21 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--resume", action="store_true", help="go on with the evaluation that was to write that file"
     )
+    evaluate.add_argument(
+        "--dask", metavar="ADDRESS", help="tls:// address of a Dask scheduler whose workers do the attacks"
+    )
+    for option, what in (("ca-file", "authority"), ("cert", "certificate"), ("key", "key")):
+        evaluate.add_argument(
+            f"--tls-{option}", type=Path, metavar="FILE", help=f"{what} for --dask, as Dask's"
+        )
+
+    certificates = add(
+        "tls-certificates",
+        _tls_certificates,
+        "Write a certificate and its key, for Dask workers by TLS, and say how to use them.",
+        "robustkit tls-certificates tls",
+    )
+    certificates.add_argument("folder", type=Path, metavar="FOLDER", help="where the two files go")
 
     certify = add(
         "certify",

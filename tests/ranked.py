@@ -8,6 +8,8 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -33,6 +35,21 @@ class Failing:
                 os.kill(os.getpid(), signal.SIGKILL)
             raise RobustkitError("the second batch is a bad one; leave it out.")
         return pgd(model, x, y, ball, steps=3, generator=generator)
+
+
+@dataclass(frozen=True)
+class Watched:
+    """PGD that takes its time, and leaves a file when it begins with a batch and another when it is done."""
+
+    folder: Path
+
+    def __call__(self, model, x, y, ball, *, generator=None):
+        name = f"{os.getpid()}-{int(x.sum() * 1e6)}"
+        (self.folder / f"{name}-begun").touch()
+        time.sleep(0.15)
+        candidates = pgd(model, x, y, ball, steps=3, generator=generator)
+        (self.folder / f"{name}-done").touch()
+        return candidates
 
 
 def measured(last=pgd, runner=in_turn) -> Evaluation:

@@ -25,7 +25,7 @@ from robustkit.train import RECIPES
 from tests.oracle import evaluation
 
 Run = Callable[..., tuple[int, str, str]]
-COMMANDS = ("doctor", "train", "evaluate", "certify", "curve", "report", "leaderboard")
+COMMANDS = ("doctor", "train", "evaluate", "certify", "curve", "tls-certificates", "report", "leaderboard")
 
 
 @pytest.fixture(autouse=True)
@@ -87,7 +87,7 @@ def test_every_command_helps_with_an_example_that_parses(command, capsys):
     assert "--json" in text
     (example,) = re.findall(r"^example: robustkit (.*)$", text, re.MULTILINE)
     options = cli._parser().parse_args(example.split())
-    assert options.command is getattr(cli, f"_{command}")
+    assert options.command is getattr(cli, f"_{command.replace('-', '_')}")
 
 
 def test_the_top_help_lists_the_commands_and_needs_no_torch():
