@@ -246,7 +246,7 @@ def _runner(options: argparse.Namespace) -> Iterator[Runner]:
     from robustkit import cluster
 
     files = {"ca_file": options.tls_ca_file, "cert": options.tls_cert, "key": options.tls_key}
-    with cluster.connect(options.dask, **files) as client:
+    with cluster.connected(options.dask, **files) as client:
         yield cluster.workers(client)
 
 

@@ -9,15 +9,18 @@ worker. Hence certificates on both sides, always.
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import dask
 import torch
 from distributed import Client, KilledWorker, as_completed
 from distributed.client import FutureCancelledError
+from distributed.comm.core import CommClosedError
 from distributed.security import Security
 
 from robustkit import __version__
@@ -45,9 +48,10 @@ def certificates(folder: Path) -> tuple[Path, Path]:
     return certificate, key
 
 
-def connect(
+@contextmanager
+def connected(
     address: str, *, ca_file: Path | None = None, cert: Path | None = None, key: Path | None = None
-) -> Client:
+) -> Iterator[Client]:
     """A client of the scheduler at `address`; files not given are those that Dask's configuration names.
 
     Raises: RobustkitError for an address without TLS, when nobody answers there, when there is no worker,
@@ -60,29 +64,46 @@ def connect(
         )
     files = {"tls_ca_file": ca_file, "tls_client_cert": cert, "tls_client_key": key}
     given = {name: str(path) for name, path in files.items() if path is not None}
-    try:
-        client = Client(address, security=Security(require_encryption=True, **given), timeout=PATIENCE)
-    except (OSError, TypeError, ValueError) as error:
-        raise RobustkitError(
-            f"no scheduler answers at {address} ({' '.join(str(error).split())}); check the address and the "
-            "three files given by --tls-ca-file, --tls-cert and --tls-key."
-        ) from error
+    with _quiet():
+        try:
+            client = Client(address, security=Security(require_encryption=True, **given), timeout=PATIENCE)
+        except (OSError, TypeError, ValueError) as error:
+            raise RobustkitError(
+                f"no scheduler answers at {address} ({error}); check the address and the three files given by "
+                "--tls-ca-file, --tls-cert and --tls-key."
+            ) from error
+        try:
+            _check_workers(client, address)
+            yield client
+        finally:
+            with suppress(Exception):  # where the scheduler has gone, closing fails in several ways
+                client.close()
+
+
+def _check_workers(client: Client, address: str) -> None:
     try:
         client.wait_for_workers(1, timeout=PATIENCE)
-        for worker, theirs in client.run(_versions).items():
-            if theirs != _versions():
-                raise RobustkitError(
-                    f"the worker at {worker} has {theirs}, here is {_versions()}; install the same on both."
-                )
     except TimeoutError as error:
-        client.close()
         raise RobustkitError(
             f"the scheduler at {address} has no worker; start some with `dask worker {address}`."
         ) from error
-    except BaseException:
-        client.close()
-        raise
-    return client
+    for worker, theirs in client.run(_versions).items():
+        if theirs != _versions():
+            raise RobustkitError(
+                f"the worker at {worker} has {theirs}, here is {_versions()}; install the same on both."
+            )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No tracebacks in Dask's log: what goes wrong is raised, and told in a sentence."""
+    logger = logging.getLogger("distributed.client")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _versions() -> str:
@@ -103,18 +124,20 @@ def workers(client: Client) -> Runner:
         futures = {client.submit(_one, attacker, job, pure=False, retries=RETRIES): job for job in jobs}
         try:
             for future in as_completed(futures):
-                yield futures[future], future.result()
+                job = futures.pop(future)  # what nobody holds is not made again when its worker dies
+                yield job, future.result()
         except KilledWorker as error:
             raise RobustkitError(
                 f"a batch killed {error.allowed_failures + 1} workers, one after the other; give them more memory, "
                 "or make the batches smaller."
             ) from error
-        except FutureCancelledError as error:
+        except (FutureCancelledError, CommClosedError) as error:
             raise RobustkitError(
                 "the scheduler has ended and its jobs with it; start it and the evaluation again."
             ) from error
         finally:
-            client.cancel(list(futures))
+            for future in futures:
+                future.release()
 
     return run
 

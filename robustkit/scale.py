@@ -79,25 +79,27 @@ def _together() -> bool:
 def shared(task: Callable[[], T]) -> list[T]:
     """What `task` returned on each rank, in their order, on every rank.
 
-    Raises: what it raised here; RobustkitError when it raised on another rank or that rank is gone, so
-    that nobody waits for a result that will not come.
+    Raises: what it raised here; on the other ranks torch.OutOfMemoryError for the same, so that all of them
+    make their batches smaller, and RobustkitError for anything else, a rank that is gone included.
     """
     result, error = None, None
     try:
         result = task()
     except Exception as caught:
         error = caught
-    complaint = None if error is None else str(error) if isinstance(error, RobustkitError) else repr(error)
-    answers: list[tuple[T | None, str | None]] = [(result, complaint)] * world()
+    complaint = str(error) if isinstance(error, RobustkitError) else repr(error)
+    kind = None if error is None else "memory" if isinstance(error, torch.OutOfMemoryError) else "other"
+    answers: list[tuple[T | None, str | None, str]] = [(result, kind, complaint)] * world()
     if world() > 1:
         with _listening():
-            dist.all_gather_object(answers, (result, complaint))
+            dist.all_gather_object(answers, answers[0])
     if error is not None:
         raise error
-    for number, (_, complaint) in enumerate(answers):
-        if complaint is not None:
-            raise RobustkitError(f"rank {number} stopped: {complaint}")
-    return [answer for answer, _ in answers]  # type: ignore[misc]  # without a complaint there is a result
+    for number, (_, kind, complaint) in enumerate(answers):
+        if kind is not None:
+            raised = torch.OutOfMemoryError if kind == "memory" else RobustkitError
+            raise raised(f"rank {number} stopped: {complaint}")
+    return [result for result, _, _ in answers]  # type: ignore[misc]  # who has no complaint has a result
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """What the tests of `robustkit.scale` run in processes of their own: one rank of two.
 
-python -m tests.ranked FOLDER whole|raise|kill
+python -m tests.ranked FOLDER (whole|memory|raise|kill)...
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+
+import torch
 
 from robustkit import scale
 from robustkit.attacks import pgd, rs_fgsm
@@ -33,6 +35,8 @@ class Failing:
         if scale.rank() == 1 and self.met == 2:
             if self.how == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
+            if self.how == "memory":
+                raise torch.OutOfMemoryError("no room for so many images")
             raise RobustkitError("the second batch is a bad one; leave it out.")
         return pgd(model, x, y, ball, steps=3, generator=generator)
 
@@ -63,11 +67,12 @@ def measured(last=pgd, runner=in_turn) -> Evaluation:
 def main(folder: Path, how: str) -> None:
     with scale.joined():
         found = measured(pgd if how == "whole" else Failing(how), scale.ranks)
-        (folder / f"{scale.rank()}.json").write_text(found.to_json())
+        (folder / f"{how}-{scale.rank()}.json").write_text(found.to_json())
 
 
 if __name__ == "__main__":
     try:
-        main(Path(sys.argv[1]), sys.argv[2])
+        for how in sys.argv[2:]:
+            main(Path(sys.argv[1]), how)
     except RobustkitError as error:
         sys.exit(f"robustkit: {error}")

@@ -108,13 +108,16 @@ def test_two_ranks_evaluate_to_what_one_process_does(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_every_rank_has_the_whole_result(tmp_path):
+def test_every_rank_has_the_whole_result_and_one_without_memory_makes_all_batches_smaller(tmp_path):
     expected = measured()
     assert {"clean", "rs-fgsm", "last", None} == set(expected.broken_by)
-    for done in two_ranks(tmp_path, "whole"):
+    for done in two_ranks(tmp_path, "whole", "memory"):
         assert done.returncode == 0, done.stderr
     for rank in range(2):
-        assert timeless((tmp_path / f"{rank}.json").read_text()) == timeless(expected.to_json())
+        assert timeless((tmp_path / f"whole-{rank}.json").read_text()) == timeless(expected.to_json())
+    first, second = (timeless((tmp_path / f"memory-{rank}.json").read_text()) for rank in range(2))
+    assert first == second
+    assert first["notes"] == ["out of memory: batches went down from 9 to 4 images"]
 
 
 @pytest.mark.slow
