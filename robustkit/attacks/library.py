@@ -41,7 +41,9 @@ _ALONE = threading.Lock()
 def _peer(module: str) -> Any:
     """A peer's module. Raises: RobustkitError when its library is not installed."""
     try:
-        return import_module(module)
+        with warnings.catch_warnings():  # of what has moved in SciPy since
+            warnings.simplefilter("ignore")
+            return import_module(module)
     except ModuleNotFoundError as error:
         raise RobustkitError(
             f"{module.split('.')[0]} is not installed ({error}); pip install 'robustkit[peers]'."
@@ -217,7 +219,503 @@ def autoattack(
     return _autoattack(None, model, x, y, ball, generator)
 
 
+# --- shared by the other adapters -------------------------------------------------------------------
+
+LP = ("Linf", "L2")
+ORDER = {"Linf": np.inf, "L2": 2, "L1": 1}  # as NumPy, CleverHans and ART write a norm
+
+
+def _step_size(ball: Ball, steps: int, step_size: float | None) -> float:
+    """The step of a PGD adapter, with the default of our own `pgd`."""
+    if steps < 1:
+        raise RobustkitError(f"steps must be at least 1; got {steps}.")
+    return 2.5 * ball.eps / steps if step_size is None else step_size
+
+
+def _starts(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """For each image one of another class: uniform noise, or another image of the batch; and whether there is.
+
+    The first of 100 noise images, then of the batch, that the model does not put in class `y`.
+    """
+    pool = torch.cat([torch.rand(100, *x.shape[1:], device=x.device), x])
+    with torch.no_grad():
+        other = model(pool).argmax(1) != y[:, None]
+    return pool[other.int().argmax(1)], other.any(1)
+
+
+def _only(rows: Tensor, x: Tensor, attack: Callable[[], Tensor]) -> Tensor:
+    """`x` with some rows attacked, none where there are none: peers stumble over empty batches."""
+    found = x.clone()
+    if rows.any():
+        found[rows] = attack()
+    return found
+
+
+def _right(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """What a minimum-norm attack works on; the others are their own nearest adversarial points."""
+    with torch.no_grad():
+        logits: Tensor = model(x)
+    return logits.argmax(1) == y
+
+
+# --- CleverHans -------------------------------------------------------------------------------------
+
+
+def cleverhans_fgsm(
+    model: Model, x: Tensor, y: Tensor, ball: Ball, *, generator: torch.Generator | None = None
+) -> Tensor:
+    """CleverHans' fast gradient method: one step of size eps.
+
+    Source: Goodfellow et al. 2015 (arXiv 1412.6572); cleverhans.torch.attacks.fast_gradient_method.
+    Shapes, units: as `robustkit.attacks.fgsm`. Randomness: none.
+    Raises: RobustkitError for unusable input, or a missing library.
+    """
+    _check("cleverhans-fgsm", x, y, ball, tuple(ORDER))
+    _classes(model, x, y)
+    module = _peer("cleverhans.torch.attacks.fast_gradient_method")
+
+    def attack(model: nn.Module, x: Tensor, y: Tensor, seed: int) -> Tensor:
+        found: Tensor = module.fast_gradient_method(
+            model, x, ball.eps, ORDER[ball.norm], clip_min=0.0, clip_max=1.0, y=y
+        )
+        return found
+
+    return _borrow(attack, model, x, y, ball, generator)
+
+
+def cleverhans_pgd(
+    model: Model,
+    x: Tensor,
+    y: Tensor,
+    ball: Ball,
+    *,
+    steps: int = 40,
+    step_size: float | None = None,
+    random_start: bool = True,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """CleverHans' projected gradient descent.
+
+    Source: Madry et al. 2018 (arXiv 1706.06083); cleverhans.torch.attacks.projected_gradient_descent.
+    Difference: its L2 start is uniform in the cube of half-side eps, then clipped to the ball.
+    Shapes, units: as `robustkit.attacks.pgd`, whose default step it gets. Randomness: the start.
+    Raises: RobustkitError for norms other than Linf and L2, a step longer than eps, unusable input, or a
+    missing library.
+    """
+    _check("cleverhans-pgd", x, y, ball, LP)
+    step = _step_size(ball, steps, step_size)
+    if step > ball.eps:
+        raise RobustkitError(f"cleverhans-pgd takes no step longer than eps; got {step:.4g} for {ball}.")
+    _classes(model, x, y)
+    module = _peer("cleverhans.torch.attacks.projected_gradient_descent")
+
+    def attack(model: nn.Module, x: Tensor, y: Tensor, seed: int) -> Tensor:
+        found: Tensor = module.projected_gradient_descent(
+            model,
+            x,
+            ball.eps,
+            step,
+            steps,
+            ORDER[ball.norm],
+            clip_min=0.0,
+            clip_max=1.0,
+            y=y,
+            rand_init=random_start,
+            sanity_checks=False,  # NumPy asserts on tensors; the judge measures anyway
+        )
+        return found
+
+    return _borrow(attack, model, x, y, ball, generator)
+
+
+def cleverhans_cw_l2(
+    model: Model,
+    x: Tensor,
+    y: Tensor,
+    ball: Ball,
+    *,
+    steps: int = 1000,
+    searches: int = 5,
+    step_size: float = 5e-3,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """CleverHans' Carlini-Wagner attack in L2, a minimum-norm attack; its points are projected into the ball.
+
+    Source: Carlini & Wagner 2017 (arXiv 1608.04644); cleverhans.torch.attacks.carlini_wagner_l2, with
+    `steps` for each of `searches` binary searches over the constant.
+    Shapes, units: as `robustkit.attacks.pgd`. Randomness: none.
+    Raises: RobustkitError for norms other than L2, unusable input, or a missing library.
+    """
+    _check("cleverhans-cw-l2", x, y, ball, ("L2",))
+    classes = _classes(model, x, y)
+    module = _peer("cleverhans.torch.attacks.carlini_wagner_l2")
+
+    def attack(model: nn.Module, x: Tensor, y: Tensor, seed: int) -> Tensor:
+        rows = _right(model, x, y)
+        return _only(
+            rows,
+            x,
+            lambda: module.carlini_wagner_l2(
+                model,
+                x[rows],
+                classes,
+                y=y[rows],
+                lr=step_size,
+                max_iterations=steps,
+                binary_search_steps=searches,
+            ),
+        )
+
+    return _borrow(attack, model, x, y, ball, generator)
+
+
+def cleverhans_spsa(
+    model: Model,
+    x: Tensor,
+    y: Tensor,
+    ball: Ball,
+    *,
+    steps: int = 40,
+    samples: int = 128,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """CleverHans' SPSA: gradients estimated from `samples` pairs of scores a step, one image at a time.
+
+    Source: Uesato et al. 2018 (arXiv 1802.05666); cleverhans.torch.attacks.spsa.
+    Shapes, units: as `robustkit.attacks.pgd`. Randomness: from `generator`.
+    Raises: RobustkitError for norms other than Linf and L2, unusable input, or a missing library.
+    """
+    _check("cleverhans-spsa", x, y, ball, LP)
+    _classes(model, x, y)
+    module = _peer("cleverhans.torch.attacks.spsa")
+
+    def attack(model: nn.Module, x: Tensor, y: Tensor, seed: int) -> Tensor:
+        found: Tensor = module.spsa(
+            model,
+            x,
+            ball.eps,
+            steps,
+            norm=ORDER[ball.norm],
+            clip_min=0.0,
+            clip_max=1.0,
+            y=y,
+            spsa_samples=samples,
+            sanity_checks=False,
+        )
+        return found
+
+    return _borrow(attack, model, x, y, ball, generator)
+
+
+def cleverhans_hop_skip_jump(
+    model: Model,
+    x: Tensor,
+    y: Tensor,
+    ball: Ball,
+    *,
+    steps: int = 64,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """CleverHans' HopSkipJump in L2: labels alone, one image at a time; projected into the ball.
+
+    Source: Chen, Jordan & Wainwright 2020 (arXiv 1904.02144);
+    cleverhans.torch.attacks.hop_skip_jump_attack, whose Linf form does not run on current torch.
+    Difference: where noise gives no other class, the start is another image of the batch; CleverHans
+    alone stops there with an assertion.
+    Shapes, units: as `robustkit.attacks.pgd`. Randomness: from `generator`.
+    Raises: RobustkitError for norms other than L2, unusable input, or a missing library.
+    """
+    _check("cleverhans-hop-skip-jump", x, y, ball, ("L2",))
+    _classes(model, x, y)
+    module = _peer("cleverhans.torch.attacks.hop_skip_jump_attack")
+
+    def attack(model: nn.Module, x: Tensor, y: Tensor, seed: int) -> Tensor:
+        starts, found = _starts(model, x, y)
+        rows = _right(model, x, y) & found
+        return _only(
+            rows,
+            x,
+            lambda: module.hop_skip_jump_attack(
+                model,
+                x[rows],
+                2,
+                image_target=starts[rows][:, None],
+                constraint=2,
+                num_iterations=steps,
+                verbose=False,
+            ),
+        )
+
+    return _borrow(attack, model, x, y, ball, generator)
+
+
+# --- Adversarial Robustness Toolbox -----------------------------------------------------------------
+
+
+def _art(
+    name: str,
+    settings: dict[str, Any],
+    model: Model,
+    x: Tensor,
+    y: Tensor,
+    ball: Ball,
+    generator: torch.Generator | None,
+) -> Tensor:
+    """The candidates of the ART attack of this class name."""
+    classes = _classes(model, x, y)
+    kind = getattr(_peer("art.attacks.evasion"), name)
+
+    def attack(model: nn.Module, x: Tensor, y: Tensor, seed: int) -> Tensor:
+        peer = kind(_art_classifier(model, x, classes), norm=ORDER[ball.norm], batch_size=len(x), **settings)
+        labels = nn.functional.one_hot(y, classes).cpu().numpy()
+        return torch.from_numpy(peer.generate(x.cpu().numpy(), labels))
+
+    return _borrow(attack, model, x, y, ball, generator)
+
+
+def _art_classifier(model: nn.Module, x: Tensor, classes: int) -> Any:
+    return _peer("art.estimators.classification").PyTorchClassifier(
+        model,
+        nn.CrossEntropyLoss(),
+        tuple(x.shape[1:]),
+        classes,
+        clip_values=(0.0, 1.0),
+        device_type="gpu" if x.is_cuda else "cpu",
+    )
+
+
+def art_fgsm(
+    model: Model, x: Tensor, y: Tensor, ball: Ball, *, generator: torch.Generator | None = None
+) -> Tensor:
+    """ART's fast gradient method: one step of size eps.
+
+    Source: Goodfellow et al. 2015 (arXiv 1412.6572); art.attacks.evasion.FastGradientMethod.
+    Shapes, units: as `robustkit.attacks.fgsm`. Randomness: none.
+    Raises: RobustkitError for norms other than Linf and L2, unusable input, or a missing library.
+    """
+    _check("art-fgsm", x, y, ball, LP)
+    return _art("FastGradientMethod", {"eps": ball.eps}, model, x, y, ball, generator)
+
+
+def art_pgd(
+    model: Model,
+    x: Tensor,
+    y: Tensor,
+    ball: Ball,
+    *,
+    steps: int = 40,
+    step_size: float | None = None,
+    random_start: bool = True,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """ART's projected gradient descent.
+
+    Source: Madry et al. 2018 (arXiv 1706.06083); art.attacks.evasion.ProjectedGradientDescent.
+    Shapes, units: as `robustkit.attacks.pgd`, whose default step it gets. Randomness: the start.
+    Raises: RobustkitError for norms other than Linf and L2, unusable input, or a missing library.
+    """
+    _check("art-pgd", x, y, ball, LP)
+    settings = {
+        "eps": ball.eps,
+        "eps_step": _step_size(ball, steps, step_size),
+        "max_iter": steps,
+        "num_random_init": int(random_start),
+        "verbose": False,
+    }
+    return _art("ProjectedGradientDescent", settings, model, x, y, ball, generator)
+
+
+def art_square(
+    model: Model,
+    x: Tensor,
+    y: Tensor,
+    ball: Ball,
+    *,
+    queries: int = 100,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """ART's Square Attack: by scores alone.
+
+    Source: Andriushchenko et al. 2020 (arXiv 1912.00049); art.attacks.evasion.SquareAttack.
+    Shapes, units: as `robustkit.attacks.square`. Randomness: from `generator`.
+    Raises: RobustkitError for norms other than Linf and L2, unusable input, or a missing library.
+    """
+    _check("art-square", x, y, ball, LP)
+    settings = {"eps": ball.eps, "max_iter": queries, "verbose": False}
+    return _art("SquareAttack", settings, model, x, y, ball, generator)
+
+
+def art_hop_skip_jump(
+    model: Model,
+    x: Tensor,
+    y: Tensor,
+    ball: Ball,
+    *,
+    steps: int = 50,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """ART's HopSkipJump: labels alone, one image at a time; its points are projected into the ball.
+
+    Source: Chen, Jordan & Wainwright 2020 (arXiv 1904.02144); art.attacks.evasion.HopSkipJump. Difference:
+    the start is noise or another image of the batch; ART alone draws it from a state that cannot be seeded.
+    Shapes, units: as `robustkit.attacks.pgd`. Randomness: from `generator`.
+    Raises: RobustkitError for norms other than Linf and L2, unusable input, or a missing library.
+    """
+    _check("art-hop-skip-jump", x, y, ball, LP)
+    classes = _classes(model, x, y)
+    kind = _peer("art.attacks.evasion").HopSkipJump
+
+    def attack(model: nn.Module, x: Tensor, y: Tensor, seed: int) -> Tensor:
+        starts, found = _starts(model, x, y)
+        rows = _right(model, x, y) & found
+        peer = kind(_art_classifier(model, x, classes), norm=ORDER[ball.norm], max_iter=steps, verbose=False)
+        return _only(
+            rows,
+            x,
+            lambda: torch.from_numpy(
+                peer.generate(x[rows].cpu().numpy(), x_adv_init=starts[rows].cpu().numpy())
+            ).to(x.device),
+        )
+
+    return _borrow(attack, model, x, y, ball, generator)
+
+
+# --- Foolbox ----------------------------------------------------------------------------------------
+
+
+def foolbox_fgsm(
+    model: Model, x: Tensor, y: Tensor, ball: Ball, *, generator: torch.Generator | None = None
+) -> Tensor:
+    """Foolbox' fast gradient method: one step of size eps.
+
+    Source: Goodfellow et al. 2015 (arXiv 1412.6572); foolbox.attacks.FGSM, FGM in L2.
+    Shapes, units: as `robustkit.attacks.fgsm`. Randomness: none.
+    Raises: RobustkitError for norms other than Linf and L2, unusable input, or a missing library.
+    """
+    _check("foolbox-fgsm", x, y, ball, LP)
+    _classes(model, x, y)
+    foolbox = _peer("foolbox")
+
+    def attack(model: nn.Module, x: Tensor, y: Tensor, seed: int) -> Tensor:
+        peer = {"Linf": foolbox.attacks.FGSM, "L2": foolbox.attacks.FGM}[ball.norm]()
+        found: Tensor = peer(_foolbox_model(model, x), x, y, epsilons=ball.eps)[1]
+        return found
+
+    return _borrow(attack, model, x, y, ball, generator)
+
+
+def foolbox_pgd(
+    model: Model,
+    x: Tensor,
+    y: Tensor,
+    ball: Ball,
+    *,
+    steps: int = 40,
+    step_size: float | None = None,
+    random_start: bool = True,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Foolbox' projected gradient descent.
+
+    Source: Madry et al. 2018 (arXiv 1706.06083); foolbox.attacks.LinfPGD, L2PGD.
+    Shapes, units: as `robustkit.attacks.pgd`, whose default step it gets. Randomness: the start.
+    Raises: RobustkitError for norms other than Linf and L2, unusable input, or a missing library.
+    """
+    _check("foolbox-pgd", x, y, ball, LP)
+    step = _step_size(ball, steps, step_size)
+    _classes(model, x, y)
+    foolbox = _peer("foolbox")
+
+    def attack(model: nn.Module, x: Tensor, y: Tensor, seed: int) -> Tensor:
+        kind = {"Linf": foolbox.attacks.LinfPGD, "L2": foolbox.attacks.L2PGD}[ball.norm]
+        peer = kind(abs_stepsize=step, steps=steps, random_start=random_start)
+        found: Tensor = peer(_foolbox_model(model, x), x, y, epsilons=ball.eps)[1]
+        return found
+
+    return _borrow(attack, model, x, y, ball, generator)
+
+
+def foolbox_ddn(
+    model: Model,
+    x: Tensor,
+    y: Tensor,
+    ball: Ball,
+    *,
+    steps: int = 100,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Foolbox' DDN, a minimum-norm attack in L2; its points are projected into the ball.
+
+    Source: Rony et al. 2019 (arXiv 1811.09600); foolbox.attacks.DDNAttack.
+    Shapes, units: as `robustkit.attacks.pgd`. Randomness: none.
+    Raises: RobustkitError for norms other than L2, unusable input, or a missing library.
+    """
+    _check("foolbox-ddn", x, y, ball, ("L2",))
+    _classes(model, x, y)
+    foolbox = _peer("foolbox")
+
+    def attack(model: nn.Module, x: Tensor, y: Tensor, seed: int) -> Tensor:
+        rows = _right(model, x, y)
+        peer = foolbox.attacks.DDNAttack(steps=steps)
+        return _only(rows, x, lambda: peer(_foolbox_model(model, x), x[rows], y[rows], epsilons=None)[1])
+
+    return _borrow(attack, model, x, y, ball, generator)
+
+
+def foolbox_boundary(
+    model: Model,
+    x: Tensor,
+    y: Tensor,
+    ball: Ball,
+    *,
+    steps: int = 5000,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Foolbox' Boundary Attack: brute force along the boundary, by labels alone; projected into the ball.
+
+    Source: Brendel, Rauber & Bethge 2018 (arXiv 1712.04248); foolbox.attacks.BoundaryAttack. Differences:
+    5,000 steps where Foolbox takes 25,000; the start is noise or another image of the batch, where
+    Foolbox alone stops with an error when noise gives no other class.
+    Shapes, units: as `robustkit.attacks.pgd`. Randomness: from `generator`.
+    Raises: RobustkitError for norms other than L2, unusable input, or a missing library.
+    """
+    _check("foolbox-boundary", x, y, ball, ("L2",))
+    _classes(model, x, y)
+    foolbox = _peer("foolbox")
+
+    def attack(model: nn.Module, x: Tensor, y: Tensor, seed: int) -> Tensor:
+        starts, found = _starts(model, x, y)
+        rows = _right(model, x, y) & found
+        peer = foolbox.attacks.BoundaryAttack(steps=steps)
+        return _only(
+            rows,
+            x,
+            lambda: peer(
+                _foolbox_model(model, x), x[rows], y[rows], epsilons=None, starting_points=starts[rows]
+            )[1],
+        )
+
+    return _borrow(attack, model, x, y, ball, generator)
+
+
+def _foolbox_model(model: nn.Module, x: Tensor) -> Any:
+    return _peer("foolbox").PyTorchModel(model, bounds=(0, 1), device=x.device)
+
+
 LIBRARY: dict[str, Attack] = {
     "autoattack": autoattack,
     **{f"autoattack-{part}": partial(autoattack_part, part=part) for part in AUTOATTACK_PARTS},
+    "cleverhans-fgsm": cleverhans_fgsm,
+    "cleverhans-pgd": partial(cleverhans_pgd, steps=40),
+    "cleverhans-cw-l2": partial(cleverhans_cw_l2, steps=1000),
+    "cleverhans-spsa": partial(cleverhans_spsa, steps=40),
+    "cleverhans-hop-skip-jump": partial(cleverhans_hop_skip_jump, steps=64),
+    "art-fgsm": art_fgsm,
+    "art-pgd": partial(art_pgd, steps=40),
+    "art-square": partial(art_square, queries=5000),
+    "art-hop-skip-jump": partial(art_hop_skip_jump, steps=50),
+    "foolbox-fgsm": foolbox_fgsm,
+    "foolbox-pgd": partial(foolbox_pgd, steps=40),
+    "foolbox-ddn": partial(foolbox_ddn, steps=100),
+    "foolbox-boundary": partial(foolbox_boundary, steps=5000),
 }
