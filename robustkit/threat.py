@@ -139,8 +139,8 @@ class Ball:
             import torch
 
             room = torch.where(delta > 0, 1 - x, x)
-            return (x + _nearest_in_l1(delta, room, self.eps)).clamp(0.0, 1.0)
-        return (x + self.project(delta)).clamp(0.0, 1.0)
+            return (x + _nearest_in_l1(delta, room, self.eps)).clamp_(0.0, 1.0)
+        return (x + self.project(delta)).clamp_(0.0, 1.0)
 
     def contains(self, x: Tensor, candidate: Tensor) -> Tensor:
         """Whether each candidate lies in the ball around its example, up to float32 rounding."""

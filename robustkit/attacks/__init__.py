@@ -31,7 +31,7 @@ class Attack(Protocol):
 from robustkit.attacks.apgd import apgd, apgd_targeted  # noqa: E402
 from robustkit.attacks.fgsm import fgsm, rs_fgsm  # noqa: E402
 from robustkit.attacks.noise import noise  # noqa: E402
-from robustkit.attacks.pgd import pgd  # noqa: E402
+from robustkit.attacks.pgd import early_stopped_pgd, pgd  # noqa: E402
 from robustkit.attacks.spatial import spatial_grid, spatial_random  # noqa: E402
 from robustkit.attacks.square import square  # noqa: E402
 from robustkit.attacks.transfer import transfer  # noqa: E402
@@ -40,6 +40,7 @@ __all__ = [
     "Attack",
     "apgd",
     "apgd_targeted",
+    "early_stopped_pgd",
     "fgsm",
     "noise",
     "pgd",

@@ -80,3 +80,14 @@ def check_schedule(x: Tensor, ball: Ball, steps: int, restarts: int, start: Tens
         raise RobustkitError(f"{restarts} restarts from one given start are the same run; leave `start` out.")
     if start is not None and not ball.contains(x, start).all():
         raise RobustkitError(f"start must lie within {ball} of x; project it with Ball.candidates first.")
+
+
+def check_target(y: Tensor, target: Tensor) -> None:
+    """Refuse targets that are not a wrong class for each example. Raises: RobustkitError."""
+    if target.shape != y.shape or target.dtype != torch.int64:
+        raise RobustkitError(
+            f"target must be one int64 class for each example, shape {tuple(y.shape)}; got {target.dtype} of "
+            f"shape {tuple(target.shape)}."
+        )
+    if target.min().item() < 0 or (target == y).any():
+        raise RobustkitError("target must be a class other than the true one, 0 or larger; draw it again.")
