@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from robustkit.attacks.fgsm import rs_fgsm as rs_fgsm
     from robustkit.attacks.library import LIBRARY as LIBRARY
     from robustkit.attacks.noise import noise as noise
+    from robustkit.attacks.pgd import early_stopped_pgd as early_stopped_pgd
     from robustkit.attacks.pgd import pgd as pgd
     from robustkit.attacks.spatial import spatial_grid as spatial_grid
     from robustkit.attacks.spatial import spatial_random as spatial_random
@@ -71,7 +72,7 @@ if TYPE_CHECKING:
 _HOME = {
     name: module
     for module, names in {
-        "attacks": "attacks Attack apgd apgd_targeted fgsm noise pgd rs_fgsm spatial_grid spatial_random "
+        "attacks": "attacks Attack apgd apgd_targeted early_stopped_pgd fgsm noise pgd rs_fgsm spatial_grid spatial_random "
         "square transfer",
         "attacks.library": "LIBRARY",
         "data": "data Dataset load",

@@ -40,7 +40,7 @@ def margin(logits: Tensor, y: Tensor) -> Tensor:
 def dlr(logits: Tensor, y: Tensor) -> Tensor:
     """The margin in units of the spread of the three largest logits: blind to their shift and scale.
 
-    Source: Croce & Hein 2020 (arXiv 2003.01690), equation 6.
+    Source: Croce & Hein 2020 (arXiv 2003.01690), section 4.
     Raises: RobustkitError for fewer than three classes, where the ratio is constant.
     """
     _check_classes(logits, 3, "dlr")
@@ -51,7 +51,7 @@ def dlr(logits: Tensor, y: Tensor) -> Tensor:
 def dlr_targeted(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
     """The target's logit minus the true one, in units of the spread of the four largest.
 
-    Source: Croce & Hein 2020 (arXiv 2003.01690), equation 7.
+    Source: Croce & Hein 2020 (arXiv 2003.01690), section 4.
     Raises: RobustkitError for fewer than four classes, where the ratio can be constant.
     """
     _check_classes(logits, 4, "dlr_targeted")

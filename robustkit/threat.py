@@ -116,7 +116,7 @@ class Ball:
     def _random_l1(self, like: Tensor, generator: torch.Generator | None) -> Tensor:
         """Exponentials divided by their sum and one more, with fair signs, fill the unit L1 ball uniformly.
 
-        Source: Barthe, Guedon, Mendelson & Naor 2005 (arXiv math/0503650), theorem 1, for p = 1.
+        Source: Barthe, Guedon, Mendelson & Naor 2005 (arXiv math/0503650), for p = 1.
         """
         import torch
 
@@ -152,12 +152,13 @@ def _nearest_in_l1(delta: Tensor, room: Tensor, eps: float) -> Tensor:
 
     Every coordinate shrinks by the same amount, as far as zero, and is cut at its room. The amount is the
     zero of a piecewise linear function, found by sorting its kinks.
-    Source: Duchi et al. 2008, Efficient projections onto the l1-ball, figure 1, where room binds nowhere;
-    Croce & Hein 2021 (arXiv 2103.01208), section 3.1, for the intersection with a box.
+    Source: Duchi et al. 2008, Efficient projections onto the l1-ball, where room binds nowhere;
+    Croce & Hein 2021 (arXiv 2103.01208), for the intersection with a box.
     """
     import torch
 
-    size, room = delta.flatten(1).abs(), room.flatten(1)
+    # float64: where delta is large and eps small, rounding the amount would miss eps.
+    size, room = delta.flatten(1).abs().double(), room.flatten(1).double()
     # As the amount falls past a coordinate's size it starts to count, past size - room it is full.
     kinks, order = torch.cat([size, size - room], 1).sort(1, descending=True)
     counting = torch.where(order < size.shape[1], 1, -1).cumsum(1)[:, :-1]
@@ -166,7 +167,8 @@ def _nearest_in_l1(delta: Tensor, room: Tensor, eps: float) -> Tensor:
     over = total.gather(1, last) - eps
     shrink = kinks.gather(1, last + 1) + over / counting.gather(1, last).clamp_min(1)
     shrink = torch.where(over >= 0, shrink, 0.0).clamp_min(0.0)  # zero where all of it fits
-    return ((size - shrink).clamp_min(0.0).minimum(room) * delta.flatten(1).sign()).view_as(delta)
+    nearest = (size - shrink).clamp_min(0.0).minimum(room).to(delta.dtype)
+    return (nearest * delta.flatten(1).sign()).view_as(delta)
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ PUBLIC = {
     "apgd_targeted": "attacks",
     "build": "models",
     "check": "lessons",
+    "early_stopped_pgd": "attacks",
     "fgsm": "attacks",
     "find_recipe": "train",
     "load": "data",

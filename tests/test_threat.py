@@ -55,7 +55,7 @@ def test_projection_lands_in_the_ball_and_leaves_its_inside_alone(norm, eps, del
     assert torch.equal(projected[torch.from_numpy(inside)], delta[torch.from_numpy(inside)])
     outside = sizes_before > eps
     np.testing.assert_allclose(sizes_after[outside], eps, rtol=1e-5, atol=1e-7)
-    torch.testing.assert_close(ball.project(projected), projected, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(ball.project(projected), projected, rtol=1e-5, atol=1e-6)
 
 
 @examples
@@ -132,6 +132,47 @@ def test_candidates_lie_in_ball_and_box_at_once(norm, eps, delta):
     assert candidates.max() <= 1
     assert (norm_of(candidates - x, norm) <= eps * (1 + 1e-5) + 1e-6).all()
     assert ball.contains(x, candidates).all()
+
+
+def nearest_in_l1_and_box(x: np.ndarray, delta: np.ndarray, eps: float) -> np.ndarray:
+    """By bisection in float64 for the amount by which each coordinate shrinks before the walls cut it."""
+    room = np.where(delta > 0, 1 - x, x)
+
+    def shrunk(amount: float) -> np.ndarray:
+        return np.minimum(np.maximum(np.abs(delta) - amount, 0), room)
+
+    low, high = 0.0, float(np.abs(delta).max())
+    if shrunk(0.0).sum() > eps:
+        for _ in range(80):
+            middle = (low + high) / 2
+            low, high = (middle, high) if shrunk(middle).sum() > eps else (low, middle)
+    else:
+        high = 0.0
+    return np.asarray(np.sign(delta) * shrunk(high))
+
+
+@examples
+@given(sizes, deltas)
+def test_l1_candidates_are_the_nearest_points_of_ball_and_box(eps, delta):
+    x = (torch.from_numpy(delta) * 7.3 % 1).clamp(0, 1)
+    found = (Ball("L1", eps).candidates(x, torch.from_numpy(delta)) - x).double().flatten(1).numpy()
+    for change, clean, wanted in zip(found, x.double(), delta.astype(np.float64), strict=True):
+        expected = nearest_in_l1_and_box(clean.flatten().numpy(), wanted.ravel(), eps)
+        np.testing.assert_allclose(change, expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("eps", [1.0, 10.0, 100.0])
+def test_l1_candidates_agree_with_pyautoattack(eps):
+    from pyautoattack.autopgd_base import L1_projection
+
+    generator = torch.Generator().manual_seed(0)
+    x = (2 * torch.rand(20, 1, 28, 28, generator=generator) - 1).clamp_min(0)  # half black, as digits are
+    delta = torch.randn(x.shape, generator=generator)
+    theirs = x + delta + L1_projection(x, delta, eps)
+    torch.testing.assert_close(Ball("L1", eps).candidates(x, delta), theirs, atol=2e-4, rtol=0)
+    # Projecting and clamping in turn would leave part of eps unused at the walls.
+    assert (Ball("L1", eps).size(Ball("L1", eps).candidates(x, delta) - x) > 0.999 * eps).all()
+    assert (Ball("L1", eps).size((x + Ball("L1", eps).project(delta)).clamp(0, 1) - x) < 0.9 * eps).any()
 
 
 @pytest.mark.parametrize("norm", NORMS)

@@ -42,8 +42,8 @@ def score(model: Model, x: Tensor, loss: Callable[..., Tensor], *labels: Tensor)
 def checked(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """`loss`, on logits that have been looked at first. Raises: RobustkitError on unusable logits.
 
-    For an attack's first and last step. In between, the look would cost a pass over the logits and a
-    wait for the device, and NaN is not lost: it moves a point to NaN, and shows in the last logits.
+    For an attack's first and last step: in between, the look would cost a pass over the logits and a wait
+    for the device.
     """
 
     def loss_of_checked(logits: Tensor, *labels: Tensor) -> Tensor:

@@ -16,9 +16,8 @@ from robustkit.attacks.gradient import (
     worst_case,
 )
 from robustkit.device import Model, attackable, confirmed
-from robustkit.errors import RobustkitError
 from robustkit.losses import Loss, cross_entropy, towards
-from robustkit.threat import Ball, check_batch
+from robustkit.threat import Ball, check_batch, check_logits
 
 
 def pgd(
@@ -85,7 +84,10 @@ def _nobody(model: Model, points: Tensor, y: Tensor, logits: Tensor) -> None:
 
 def _fooled(model: Model, points: Tensor, y: Tensor, logits: Tensor) -> Tensor | None:
     claimed = logits.argmax(1) != y
-    return confirmed(model, points, y, claimed) if claimed.any() else None
+    if not claimed.any():
+        return None
+    check_logits(logits[claimed], y[claimed])  # the largest of NaN logits is whichever comes first
+    return confirmed(model, points, y, claimed)
 
 
 def _pgd(
@@ -117,7 +119,7 @@ def _pgd(
         points = ball.candidates(clean, ball.random(clean, generator)) if start is None else start
         left_with, row = points.clone(), torch.arange(len(rows), device=x.device)
         for i in range(steps):
-            measure = checked(objective) if i == 0 else objective
+            measure = checked(objective) if i in (0, steps - 1) else objective
             logits, _, gradient = input_gradient(model, points, measure, *labels)
             gone = leaving(model, points, labels[0], logits)
             if gone is not None and gone.any():
@@ -129,8 +131,6 @@ def _pgd(
             delta = (points - clean).add_(ball.steepest(gradient), alpha=step)
             points = ball.candidates(clean, delta)
         left_with[row] = points
-        if left_with.isnan().any():  # the logits in between are not looked at: it would cost time
-            raise RobustkitError("the model's gradient became NaN during the attack; check its weights.")
         return left_with
 
     def attempt(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
