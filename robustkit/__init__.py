@@ -72,8 +72,8 @@ if TYPE_CHECKING:
 _HOME = {
     name: module
     for module, names in {
-        "attacks": "attacks Attack apgd apgd_targeted early_stopped_pgd fgsm noise pgd rs_fgsm spatial_grid spatial_random "
-        "square transfer",
+        "attacks": "attacks Attack apgd apgd_targeted early_stopped_pgd fgsm noise pgd rs_fgsm spatial_grid "
+        "spatial_random square transfer",
         "attacks.library": "LIBRARY",
         "data": "data Dataset load",
         "defences": "DEFENCES",
