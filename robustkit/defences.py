@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robustkit.attacks import fgsm, pgd, rs_fgsm
+from robustkit.certify.training import consistency, crown_ibp, gaussian, ibp, smooth_adv
 from robustkit.threat import Ball
 
 Defence = Callable[[nn.Module, Tensor, Tensor, Ball, torch.Generator], Tensor]
@@ -68,4 +69,11 @@ DEFENCES: dict[str, Defence] = {
     "fgsm-at": fgsm_at,
     "rs-fgsm-at": rs_fgsm_at,
     "pgd-at": partial(pgd_at, steps=5, step_size=0.4),
+    "gaussian-0.25": partial(gaussian, sigma=0.25),
+    "gaussian-0.5": partial(gaussian, sigma=0.5),
+    "consistency-0.25": partial(consistency, sigma=0.25, weight=10.0),
+    "consistency-0.5": partial(consistency, sigma=0.5, weight=5.0),
+    "smoothadv-0.25": partial(smooth_adv, sigma=0.25),
+    "ibp-0.1": partial(ibp, full_eps=0.1),
+    "crown-ibp-0.1": partial(crown_ibp, full_eps=0.1),
 }

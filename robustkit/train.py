@@ -336,9 +336,21 @@ _MNIST = Ball("Linf", 0.3)
 _MNIST_LIMITS: dict[str, int | None] = {"smoke": 1400, "standard": None, "full": None}
 
 
-def _mnist(name: str, defence: str, smoke: Schedule, standard: Schedule, full: Schedule) -> Recipe:
+def _mnist(
+    name: str, defence: str, smoke: Schedule, standard: Schedule, full: Schedule, ball: Ball = _MNIST
+) -> Recipe:
     schedules = {"smoke": smoke, "standard": standard, "full": full}
-    return Recipe(name, "mnist", "mnist_cnn", defence, _MNIST, schedules, _MNIST_LIMITS)
+    return Recipe(name, "mnist", "mnist_cnn", defence, ball, schedules, _MNIST_LIMITS)
+
+
+# For certificates: smoothing is about L2, interval bounds hold up to eps 0.1 on this small network.
+_L2, _SMALL = Ball("L2", 0.5), Ball("Linf", 0.1)
+_NOISE = (Schedule(6, 64), Schedule(4), Schedule(20))
+_BOUNDS = (
+    Schedule(12, 64, 2e-3, eps_warmup=0.7),
+    Schedule(20, 128, 2e-3, eps_warmup=0.7),
+    Schedule(60, 128, 2e-3, eps_warmup=0.7),
+)
 
 
 # The smoke tier has about 20 steps an epoch: small batches, and eps grown from zero, or one-step
@@ -362,6 +374,13 @@ RECIPES: dict[str, Recipe] = {
             Schedule(12, eps_warmup=0.3),
             Schedule(40, eps_warmup=0.3),
         ),
+        _mnist("mnist-gaussian-0.25", "gaussian-0.25", *_NOISE, _L2),
+        _mnist("mnist-gaussian-0.5", "gaussian-0.5", *_NOISE, _L2),
+        _mnist("mnist-consistency-0.25", "consistency-0.25", *_NOISE, _L2),
+        _mnist("mnist-consistency-0.5", "consistency-0.5", *_NOISE, _L2),
+        _mnist("mnist-smoothadv-0.25", "smoothadv-0.25", *_NOISE, _L2),
+        _mnist("mnist-ibp", "ibp-0.1", *_BOUNDS, _SMALL),
+        _mnist("mnist-crown-ibp", "crown-ibp-0.1", *_BOUNDS, _SMALL),
     )
 }
 
