@@ -35,7 +35,7 @@ from robustkit.certify.certificates import (
     read_rows,
 )
 from robustkit.certify.smoothing import BLOCK, base_of, certificate, certified_at, certify, predict, votes
-from robustkit.device import seeded
+from robustkit.device import prepare, seeded
 from robustkit.errors import RobustkitError
 from robustkit.results import Interval
 from tests.oracle import HARDWARE, PROVENANCE, dataset, everywhere, interior, linear, linear_data, margins
@@ -617,6 +617,18 @@ def test_votes_that_are_nan_name_the_image():
 def test_a_model_without_votes_is_refused(shape):
     with pytest.raises(RobustkitError, match=r"logits of shape \(3, classes\)"):
         votes(lambda x: torch.zeros(shape), interior()[0], 0.1, 3, generator())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_precision_in_which_the_votes_were_cast_is_recorded(dtype, monkeypatch):
+    """A bfloat16 base classifier is another network: the record says which one was certified."""
+    monkeypatch.setattr("robustkit.certify.smoothing.prepare", partial(prepare, precision=dtype))
+    data = dataset(torch.rand(2, 1, 28, 28, generator=generator("x")), torch.zeros(2, dtype=torch.int64))
+    made = certify(
+        *(models.pretrained("mnist-clean"), data, Smoothing(0.25, 10, 250)),
+        **{"model_name": "m", "tier": "smoke", "progress": False},
+    )
+    assert made.base.precision == str(dtype).removeprefix("torch.")
 
 
 def test_a_model_that_was_not_trained_for_the_noise_is_told_so(capsys):

@@ -31,7 +31,7 @@ from robustkit.certify.confidence import (
     staged_test,
 )
 from robustkit.data import Dataset
-from robustkit.device import Model, attackable, hardware, prepare, seeded, strict_fp32
+from robustkit.device import Model, Prepared, attackable, hardware, prepare, seeded, strict_fp32
 from robustkit.errors import RobustkitError
 from robustkit.results import Interval
 from robustkit.threat import check_batch, check_logits
@@ -242,7 +242,13 @@ def base_of(model: Model, data: Dataset, sigma: float, seed: int) -> Base:
                 logits = model(images)
                 check_logits(logits, y)
                 right.append(int((logits.argmax(1) == y).sum()))
-    return Base("float32", Interval(sum(clean), len(data)), Interval(sum(noisy), len(data)))
+    return Base(_precision(model), Interval(sum(clean), len(data)), Interval(sum(noisy), len(data)))
+
+
+def _precision(model: Model) -> str:
+    """The arithmetic in which the model votes: that of its search copy, if it is a prepared one."""
+    dtype = getattr(model.search, "dtype", torch.float32) if isinstance(model, Prepared) else torch.float32
+    return str(dtype).removeprefix("torch.")
 
 
 def _check_batch_size(batch_size: int) -> None:
