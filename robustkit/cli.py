@@ -99,8 +99,9 @@ def _as_rank(command: Callable[[argparse.Namespace], int]) -> Callable[[argparse
     return joined
 
 
+@_as_rank
 def _train(options: argparse.Namespace) -> int:
-    from robustkit import data, device, models, train
+    from robustkit import data, device, models, scale, train
 
     recipe = train.find_recipe(options.recipe)
     out: Path = options.out or Path("runs") / recipe.name
@@ -114,12 +115,14 @@ def _train(options: argparse.Namespace) -> int:
         images,
         train.defence_of(recipe),
         recipe.ball,
-        recipe.schedules[tier],
+        replace(recipe.schedules[tier], shards=options.shards),
         seed=options.seed,
         recipe=recipe.name,
         tier=tier,
         run_dir=out,
     )
+    if scale.rank() > 0:
+        return 0
     if options.json:
         print((out / "run.json").read_text(encoding="utf-8"), end="")
     else:
@@ -660,6 +663,13 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--tier", **tier)
     train.add_argument("--seed", **seed)
     train.add_argument("--out", type=Path, metavar="FOLDER", help="where the run goes (default runs/RECIPE)")
+    train.add_argument(
+        "--shards",
+        type=int,
+        default=1,
+        metavar="N",
+        help="parts of a batch, for that many ranks or fewer (default 1)",
+    )
     train.add_argument("--resume", action="store_true", help="go on with the run in that folder")
 
     evaluate = add(

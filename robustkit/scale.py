@@ -20,6 +20,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from robustkit.errors import RobustkitError
 from robustkit.evaluate import Job, in_turn
@@ -100,6 +101,16 @@ def shared(task: Callable[[], T]) -> list[T]:
             raised = torch.OutOfMemoryError if kind == "memory" else RobustkitError
             raise raised(f"rank {number} stopped: {complaint}")
     return [result for result, _, _ in answers]  # type: ignore[misc]  # who has no complaint has a result
+
+
+def gathered(vector: Tensor) -> list[Tensor]:
+    """The vectors of all ranks, in their order, on every rank. Raises: RobustkitError when one is gone."""
+    if world() == 1:
+        return [vector]
+    vectors = [torch.empty_like(vector) for _ in range(world())]
+    with _listening():
+        dist.all_gather(vectors, vector)
+    return vectors
 
 
 @contextmanager

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import sys
 import time
 from dataclasses import asdict, dataclass, field, replace
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from robustkit import scale
 from robustkit.attacks import fgsm, pgd
 from robustkit.data import Dataset
 from robustkit.defences import DEFENCES, Defence
@@ -33,20 +36,28 @@ CHECKPOINT_SECONDS = 30.0
 class Schedule:
     """How long and how fast: epochs, batch size, and the peak of a triangular learning rate for Adam.
 
+    `shards` is into how many parts a batch is cut, for as many ranks of a torchrun or fewer; the weights
+    depend on it, and not on who computes which part.
     `eps_warmup` is the share of the run over which eps grows from zero: PGD training on MNIST at
     eps 0.3 otherwise often stays at the loss of a constant answer (2.30).
-    Raises: RobustkitError unless epochs, batch size and learning rate are positive.
+    Raises: RobustkitError unless epochs, batch size and learning rate are positive, and every shard has an
+    image.
     """
 
     epochs: int
     batch_size: int = 128
     peak_lr: float = 5e-3
     eps_warmup: float = 0.0
+    shards: int = 1
 
     def __post_init__(self) -> None:
         if self.epochs < 1 or self.batch_size < 1 or not self.peak_lr > 0 or not 0 <= self.eps_warmup <= 1:
             raise RobustkitError(
                 f"epochs, batch size and learning rate must be positive and eps_warmup in [0, 1]; got {self}."
+            )
+        if not 1 <= self.shards <= self.batch_size:
+            raise RobustkitError(
+                f"a batch of {self.batch_size} images has 1 to {self.batch_size} shards; got {self.shards}."
             )
 
     def learning_rate(self, done: float) -> float:
@@ -117,14 +128,26 @@ def train(
     the same directory goes on from it and gives the identical weights, because the order of the images
     and the attack's random numbers are derived from (seed, step). An interruption writes none: it falls
     inside a step, where weights, batch statistics and the step number need not agree.
+    Under torchrun the shards of each batch are shared among the ranks, with the weights of one process,
+    bit for bit; rank 0 writes the files, in a directory that all ranks see.
     After each epoch FGSM and PGD-10 are compared on 256 training images, and a gap over 20 points is
     warned of: catastrophic overfitting usually happens within one or two epochs.
 
     Source: Wong, Rice & Kolter 2020 (arXiv 2001.03994) for the triangular schedule; Adam.
     Randomness: `seed` alone; torch's global generator is restored.
-    Raises: RobustkitError when the directory holds a checkpoint of another run, and when the loss stops
-    being finite.
+    Raises: RobustkitError when the directory holds a checkpoint of another run, when the loss stops
+    being finite, when the shards cannot be shared evenly among the ranks, and when these do not start
+    from the same weights, data and settings.
     """
+    if schedule.shards % scale.world():
+        raise RobustkitError(
+            f"{schedule.shards} shards cannot be shared evenly among {scale.world()} ranks; make the shards a "
+            f"multiple, e.g. --shards {scale.world()}, or start fewer ranks."
+        )
+    if len(data) < schedule.shards:
+        raise RobustkitError(
+            f"{len(data)} images cannot fill {schedule.shards} shards; make fewer, or train on more images."
+        )
     device = next(model.parameters()).device
     run = Run(recipe, schedule, ball, data.provenance, len(data), seed, tier, hardware(device))
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -135,13 +158,15 @@ def train(
     checkpoint = None if run_dir is None else run_dir / "checkpoint.pt"
     if checkpoint is not None and checkpoint.exists():
         progress_made = _resume(checkpoint, run, model, optimizer)
+    _check_same_start(run, model, progress_made)
+    first = scale.rank() == 0  # the rank that writes and talks
 
     bar = tqdm(
         total=total,
         initial=progress_made.step,
         desc=recipe,
         unit="step",
-        disable=not progress,
+        disable=not (progress and first),
         file=sys.stderr,
     )
     saved = started = time.perf_counter()
@@ -172,14 +197,16 @@ def train(
                     clean=f"{record.clean.share:.2f}",
                     pgd=f"{record.pgd.share:.2f}",
                 )
-                if record.alarm and progress:
+                if record.alarm and progress and first:
                     bar.write(
                         f"warning: epoch {epoch + 1}: FGSM accuracy {record.fgsm.share:.0%}, PGD-10 accuracy "
                         f"{record.pgd.share:.0%} on {record.pgd.n} training images: catastrophic overfitting",
                         file=sys.stderr,
                     )
-            if checkpoint is not None and (
-                batch + 1 == batches or time.perf_counter() - saved > CHECKPOINT_SECONDS
+            if (
+                first
+                and checkpoint is not None
+                and (batch + 1 == batches or time.perf_counter() - saved > CHECKPOINT_SECONDS)
             ):
                 saved = time.perf_counter()
                 _save(checkpoint, run, model, optimizer, progress_made, saved - started)
@@ -187,7 +214,7 @@ def train(
         bar.close()
     run = replace(run, history=progress_made.history)
     model.eval()
-    if run_dir is not None:
+    if first and run_dir is not None:
         save_weights(model, run_dir / "model.safetensors")
         write_atomically(run_dir / "run.json", (json.dumps(_record(run), indent=2) + "\n").encode())
     return run
@@ -205,23 +232,77 @@ def _step(
     total: int,
     seed: int,
 ) -> float:
-    """One update of the weights; everything random in it follows from (seed, step)."""
+    """One update of the weights; everything random in it follows from (seed, step, shard).
+
+    Each shard of the batch starts from the same weights and buffers. What it leads to (gradients, buffers
+    and loss, in one vector) is averaged by its number of images, in the order of the shards, so that the
+    sum does not depend on which rank computed what. As with any data parallelism, BatchNorm sees a shard
+    at a time.
+    """
     done = step / total
     for group in optimizer.param_groups:
         group["lr"] = schedule.learning_rate(done)
     model.train()
-    generator = seeded(seed, "attack", step, device=x.device)
-    with torch.random.fork_rng(devices=[]):  # dropout in a model draws from the global generator
-        torch.manual_seed(seed * 1_000_003 + step)
-        loss = defence(model, x, y, replace(ball, eps=schedule.eps(ball.eps, done)), generator)
+    ball = replace(ball, eps=schedule.eps(ball.eps, done))
+    parts = torch.arange(len(x), device=x.device).tensor_split(schedule.shards)
+    before = [buffer.clone() for buffer in model.buffers()]
+    shares: list[Tensor] = []
+    for turn in range(0, schedule.shards, scale.world()):
+        shard = turn + scale.rank()
+        for buffer, value in zip(model.buffers(), before, strict=True):
+            buffer.copy_(value)
+        optimizer.zero_grad()
+        rows = parts[shard]
+        loss = _loss(model, x[rows], y[rows], defence, ball, seed, step, shard)
+        loss.backward()
+        found = torch.cat([value.flatten() for value in [*_averaged(model), loss.detach()]])
+        shares += scale.gathered(found * (len(rows) / len(x)))
+    values = _averaged(model)
+    *averages, loss = reduce(torch.add, shares).split([*(value.numel() for value in values), 1])
     if not torch.isfinite(loss):
         raise RobustkitError(
             f"the loss is {loss.item()} at step {step}; lower peak_lr, now {schedule.peak_lr:g}."
         )
-    optimizer.zero_grad()
-    loss.backward()
+    for value, average in zip(values, averages, strict=True):
+        value.copy_(average.view(value.shape))
     optimizer.step()
-    return float(loss.detach())
+    return float(loss)
+
+
+def _loss(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    defence: Defence,
+    ball: Ball,
+    seed: int,
+    step: int,
+    shard: int,
+) -> Tensor:
+    """The defence's loss on one shard."""
+    key = (step, shard) if shard else (step,)  # a batch that is one shard keeps the stream it always had
+    generator = seeded(seed, "attack", *key, device=x.device)
+    with torch.random.fork_rng(devices=[]):  # dropout in a model draws from the global generator
+        torch.manual_seed(seed * 1_000_003 + step + shard * 500_009)
+        return defence(model, x, y, ball, generator)
+
+
+def _averaged(model: nn.Module) -> list[Tensor]:
+    """What the shards of a batch lead to and is averaged: gradients, and buffers that are not counters."""
+    gradients = [value.grad for value in model.parameters() if value.grad is not None]
+    return gradients + [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+
+
+def _check_same_start(run: Run, model: nn.Module, progress: _Progress) -> None:
+    """Ranks that started apart would average what does not belong together. Raises: RobustkitError."""
+    digest = hashlib.sha256(f"{_identity(run)} {progress.step}".encode())
+    for value in model.state_dict().values():
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    if len(set(scale.shared(digest.hexdigest))) > 1:
+        raise RobustkitError(
+            "the ranks do not start from the same weights, data, settings and checkpoint; give them the same "
+            "arguments and a run folder that all of them see."
+        )
 
 
 def _monitor(

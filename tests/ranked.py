@@ -1,6 +1,6 @@
 """What the tests of `robustkit.scale` run in processes of their own: one rank of two.
 
-python -m tests.ranked FOLDER (whole|memory|raise|kill)...
+python -m tests.ranked FOLDER (whole|memory|raise|kill|train|train-kill|uneven)...
 """
 
 from __future__ import annotations
@@ -11,17 +11,22 @@ import sys
 import time
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from pathlib import Path
 
 import torch
 
 from robustkit import scale
+from robustkit import train as training
 from robustkit.attacks import pgd, rs_fgsm
+from robustkit.defences import rs_fgsm_at
 from robustkit.errors import RobustkitError
 from robustkit.evaluate import evaluate, in_turn
 from robustkit.results import Evaluation
 from robustkit.threat import Ball
+from robustkit.train import Schedule
 from tests.oracle import linear, linear_data
+from tests.test_train import restless
 
 
 class Failing:
@@ -64,10 +69,32 @@ def measured(last=pgd, runner=in_turn) -> Evaluation:
     return evaluate(model, linear_data(model, n=100), Ball("Linf", 0.02), attacks, runner=runner, **settings)
 
 
+def trained(run_dir: Path, *, shards: int = 4, last_step: int = -1) -> None:
+    """Batch statistics, dropout and a random start; rank 1 dies in `last_step`."""
+    steps = count()
+
+    def defence(model, x, y, ball, generator):
+        if scale.rank() == 1 and next(steps) == last_step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return rs_fgsm_at(model, x, y, ball, generator)
+
+    model, data = restless(), linear_data(linear(), n=66)
+    schedule = Schedule(2, 22, eps_warmup=0.5, shards=shards)  # 22 images are 6, 6, 5 and 5
+    training.train(model, data, defence, Ball("Linf", 0.05), schedule, run_dir=run_dir, progress=False)
+
+
 def main(folder: Path, how: str) -> None:
+    training.CHECKPOINT_SECONDS = -1.0
     with scale.joined():
-        found = measured(pgd if how == "whole" else Failing(how), scale.ranks)
-        (folder / f"{how}-{scale.rank()}.json").write_text(found.to_json())
+        if how == "uneven":
+            trained(folder / "run", shards=3)
+        elif how.startswith("train"):
+            trained(
+                folder / "run", last_step=7 if how == "train-kill" else -1
+            )  # two shards a step: in the fourth
+        else:
+            found = measured(pgd if how == "whole" else Failing(how), scale.ranks)
+            (folder / f"{how}-{scale.rank()}.json").write_text(found.to_json())
 
 
 if __name__ == "__main__":

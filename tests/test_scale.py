@@ -7,15 +7,18 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 
 import robustkit
 from robustkit import cli, scale
 from robustkit.evaluate import Job
 from robustkit.models import pretrained
-from tests.ranked import measured
+from tests.ranked import measured, trained
 
 ROOT = Path(__file__).resolve().parent.parent
 TORCHRUN = (
@@ -50,6 +53,17 @@ def timeless(text: str) -> dict:
         del attack["seconds"]
     record["hardware"].pop("threads")  # the test's own process may have more than one
     return record
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """As torchrun has it: another number of threads may round sums otherwise."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -136,3 +150,47 @@ def test_a_rank_that_fails_stops_the_others_at_once(how, status, words, tmp_path
     assert words in first.stderr
     assert "Traceback" not in first.stderr
     assert list(tmp_path.glob("*.json")) == []
+
+
+# --- training --------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_two_ranks_train_the_weights_of_one_process(tmp_path):
+    command = ["train", "mnist-clean", "--tier", "smoke", "--shards", "2", "--out"]
+    done = torchrun("robustkit", *command, tmp_path / "two")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("written: ") == 1
+    with one_thread():
+        assert cli.main([*command, str(tmp_path / "one")]) == 0
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two")]
+    assert files[0] == files[1]
+    records = [json.loads((tmp_path / name / "run.json").read_text()) for name in ("one", "two")]
+    assert records[0]["schedule"] == records[1]["schedule"]
+    assert [{**epoch, "seconds": 0} for epoch in records[0]["history"]] == [
+        {**epoch, "seconds": 0} for epoch in records[1]["history"]
+    ]
+
+
+@pytest.mark.slow
+def test_ranks_go_on_after_one_was_killed_to_the_weights_of_one_process(tmp_path):
+    with one_thread():
+        trained(tmp_path / "alone")
+    first, second = two_ranks(tmp_path, "train-kill")
+    assert second.returncode == -9
+    assert first.returncode == 1
+    assert "robustkit: another rank has ended" in first.stderr
+    assert (tmp_path / "run" / "checkpoint.pt").exists()
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+    for done in two_ranks(tmp_path, "train"):
+        assert done.returncode == 0, done.stderr
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("alone", "run")]
+    assert files[0] == files[1]
+
+
+@pytest.mark.slow
+def test_ranks_that_cannot_share_the_shards_evenly_are_told_so(tmp_path):
+    for done in two_ranks(tmp_path, "uneven"):
+        assert done.returncode == 1
+        assert "robustkit: 3 shards cannot be shared evenly among 2 ranks" in done.stderr
+    assert list(tmp_path.iterdir()) == []

@@ -205,6 +205,66 @@ def test_the_alarm_is_a_large_gap_between_fgsm_and_pgd_and_nothing_else():
     assert not epoch(5, 5).alarm
 
 
+# --- shards ----------------------------------------------------------------------------------------
+
+
+def step_of(shards: int, model: nn.Module, data: Dataset, defence=DEFENCES["clean"]) -> float:
+    optimizer = torch.optim.Adam(model.parameters())
+    return training._step(
+        model, optimizer, data.x, data.y, defence, BALL, Schedule(1, 120, shards=shards), 0, 1, 0
+    )
+
+
+def test_uneven_shards_weigh_by_their_images():
+    """Five shards of 13 and 12 images: the mean over all of them is that of the batch."""
+    data = linear_data(linear(), n=62)
+    model = Linear(linear().w.detach())
+    model.drop.p = 0.0
+    whole = F.cross_entropy(model(data.x), data.y)
+    expected = torch.autograd.grad(whole, model.w)[0]
+    assert step_of(5, model, data) == pytest.approx(whole.item(), rel=1e-6)
+    assert model.w.grad is not None
+    torch.testing.assert_close(model.w.grad, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_batch_statistics_start_from_the_same_buffers_and_are_averaged():
+    data = linear_data(linear(), n=31)  # shards of 16 and 15
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(12, 2))
+    step_of(2, model, data)
+    statistics = model[0]
+    assert statistics.num_batches_tracked == 1
+    torch.testing.assert_close(statistics.running_mean, 0.1 * data.x.mean((0, 2, 3)))
+    variances = [part.var((0, 2, 3)) for part in (data.x[:16], data.x[16:])]
+    torch.testing.assert_close(
+        statistics.running_var, 0.9 + 0.1 * (16 * variances[0] + 15 * variances[1]) / 31
+    )
+
+
+def test_each_shard_has_random_numbers_of_its_own_and_the_first_those_of_an_uncut_batch(data):
+    def drawn(shards: int) -> list[tuple[float, float]]:
+        found = []
+
+        def spy(model, x, y, ball, generator):
+            found.append((torch.rand((), generator=generator).item(), torch.rand(()).item()))
+            return F.cross_entropy(model(x), y)
+
+        step_of(shards, restless(), data, spy)
+        return found
+
+    three = drawn(3)
+    assert drawn(1) == three[:1]
+    for draws in zip(*three, strict=True):
+        assert len(set(draws)) == 3
+
+
+@pytest.mark.parametrize("shards", [0, -1, 21])
+def test_shards_without_images_are_refused(shards, data):
+    with pytest.raises(RobustkitError, match="a batch of 20 images has 1 to 20 shards"):
+        Schedule(1, 20, shards=shards)
+    with pytest.raises(RobustkitError, match="3 images cannot fill 4 shards"):
+        train(restless(), data.take(range(3)), DEFENCES["clean"], BALL, Schedule(1, 20, shards=4))
+
+
 # --- resuming --------------------------------------------------------------------------------------
 
 SCHEDULE = Schedule(3, 20, eps_warmup=0.5)  # six steps an epoch
