@@ -242,10 +242,10 @@ def base_of(model: Model, data: Dataset, sigma: float, seed: int) -> Base:
                 logits = model(images)
                 check_logits(logits, y)
                 right.append(int((logits.argmax(1) == y).sum()))
-    return Base(_precision(model), Interval(sum(clean), len(data)), Interval(sum(noisy), len(data)))
+    return Base(precision_of(model), Interval(sum(clean), len(data)), Interval(sum(noisy), len(data)))
 
 
-def _precision(model: Model) -> str:
+def precision_of(model: Model) -> str:
     """The arithmetic in which the model votes: that of its search copy, if it is a prepared one."""
     dtype = getattr(model.search, "dtype", torch.float32) if isinstance(model, Prepared) else torch.float32
     return str(dtype).removeprefix("torch.")
