@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from importlib import import_module
 
 import pytest
 import torch
@@ -435,8 +436,34 @@ def test_a_copy_with_the_right_logits_and_the_wrong_gradient_is_refused(monkeypa
 # --- claims --------------------------------------------------------------------------------------------
 
 
-def trusting(model, points, y, claimed):
-    return claimed
+def near_the_boundary(model: oracle.Linear, ball: Ball, n: int = 300) -> torch.Tensor:
+    """Images of class 1 that the ball's best perturbation breaks with 2 to 20 % to spare, any other hardly."""
+    generator = torch.Generator().manual_seed(1)
+    w = model.w.detach()
+    aside = 0.2 * (torch.rand(n, oracle.DIMENSION, generator=generator) - 0.5)
+    aside -= (aside @ w)[:, None] * w / w.square().sum()
+    margin = (0.8 + 0.18 * torch.rand(n, generator=generator)) * ball.eps * w.abs().sum()
+    return (0.5 + aside + margin[:, None] * w / w.square().sum()).view(n, 3, 2, 2)
+
+
+def test_robust_accuracy_is_not_raised_by_claims_in_bfloat16(monkeypatch):
+    """Each restart breaks a share of the points, and those that it is believed to have broken get no other."""
+    model, ball = oracle.linear(), Ball("Linf", 0.02)
+    x = near_the_boundary(model, ball)
+    y = torch.ones(len(x), dtype=torch.int64)
+    ready = prepare(model, x, precision=torch.bfloat16)
+    assert isinstance(ready, Prepared)
+
+    def robust(target) -> int:
+        generator = torch.Generator().manual_seed(0)
+        found = pgd(target, x, y, ball, steps=3, step_size=ball.eps / 2, restarts=20, generator=generator)
+        return int(predict(model, found, y).sum())
+
+    assert robust(model) == 0  # as the closed form says: every point can be broken
+    assert robust(ready) <= 5
+    trusting = lambda model, points, y, claimed: claimed  # noqa: E731
+    monkeypatch.setattr(import_module("robustkit.attacks.pgd"), "confirmed", trusting)
+    assert robust(ready) > 15  # the mutant, which trusts the search
 
 
 def test_confirmed_asks_the_strict_model_about_the_claimed_points_alone():

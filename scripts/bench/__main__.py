@@ -1,0 +1,297 @@
+"""How fast: robustkit against its peers, and against the passes that nobody can do without.
+
+    python scripts/bench [--peers FOLDER] [--out FOLDER] [--quick]
+
+Everything is interleaved in one process, round after round, on the same images and in batches of the same
+size; ratios are taken within rounds, so that what slows the machine slows both sides of a ratio. Memory is
+measured afterwards, each contestant in a process of its own. Results go to `--out` as Markdown and JSON,
+progress to stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.metadata
+import io
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from contestants import (
+    FLOORS,
+    OURS,
+    Contestant,
+    Run,
+    best_batch,
+    find_peers,
+    here,
+    in_batches,
+    in_threads,
+    peers,
+)
+from measure import Bar, Timing, counted, interleaved, peak_bytes, ratio
+from subjects import SEED, SUBJECTS, Subject
+from table import markdown
+from tqdm import tqdm
+
+from robustkit.attacks.library import LIBRARY
+from robustkit.data import Dataset
+from robustkit.device import attackable, hardware, prepare, seeded
+from robustkit.evaluate import PROTOCOLS, evaluate
+from robustkit.results import Provenance
+from robustkit.threat import Ball
+
+# Subject, norm, steps, rounds, images a round: what fits into ten minutes on two cores.
+PLAN = [
+    ("mnist", "Linf", 40, 8, 256),
+    ("mnist", "L2", 40, 4, 256),
+    ("mnist", "Linf", 1, 20, 256),
+    ("resnet20", "Linf", 40, 3, 64),
+    ("resnet20", "Linf", 1, 8, 64),
+]
+QUICK = [("mnist", "Linf", 4, 2, 64), ("resnet20", "Linf", 4, 2, 32)]
+STANDARD = ("mnist", 3, 50)  # AutoAttack: subject, rounds, images a round
+
+
+def versions() -> dict[str, str]:
+    """Of everything that is measured and installed; a peer from the folder beside is found there."""
+    names = ("robustkit", "torch", "cleverhans", "adversarial-robustness-toolbox", "foolbox", "pyautoattack")
+    found = {}
+    for name in (*names, "torchattacks", "adv-lib"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not here"
+    return found
+
+
+def figures(
+    timings: Mapping[str, Timing], rivals: list[str], passes: Mapping[str, tuple[float, float]]
+) -> Any:
+    """One row for each contestant: seconds, the ratios of its rounds, robust accuracy, passes an image."""
+    fastest = min(rivals, key=lambda name: statistics.median(timings[name].seconds), default=None)
+    to = {"fastest peer": fastest, "floor": "floor", "tuned floor": "tuned floor"}
+    return [
+        {
+            "name": name,
+            "seconds": statistics.median(timing.seconds),
+            "ratios": {
+                key: ratio(timing, timings[other]) for key, other in to.items() if other and other in timings
+            },
+            "robust": asdict(timing.robust) | {"low": timing.robust.low, "high": timing.robust.high},
+            "forward": passes.get(name, (None, None))[0],
+            "backward": passes.get(name, (None, None))[1],
+            "fastest peer": name == fastest,
+        }
+        for name, timing in timings.items()
+    ]
+
+
+def pgd_section(subject: Subject, ball: Ball, steps: int, rounds: int, bar: Bar) -> dict[str, Any]:
+    """FGSM (one step) or PGD of everybody."""
+    rivals = peers(ball, steps)
+    everybody: dict[str, Contestant] = FLOORS | OURS | rivals
+    size = best_batch(subject.model, subject.x)
+    make = {name: made(subject.model, subject.x, ball, steps) for name, made in everybody.items()}
+    runs = {name: in_batches(run, size) for name, run in make.items()}
+    runs["robustkit, threads"] = in_threads(make["robustkit"], size, subject.model)
+    timings = interleaved(subject.model, runs, subject.x, subject.y, rounds, SEED, bar)
+    passes = {name: passes_of(made, subject, ball, steps) for name, made in (OURS | rivals).items()}
+    return {
+        "title": f"{'FGSM' if steps == 1 else f'PGD-{steps}'}, {ball} on {subject.name}",
+        "about": subject.about,
+        "n": len(subject.x),
+        "rounds": rounds,
+        "batch": size,
+        "rows": figures(timings, list(rivals), passes),
+    }
+
+
+def passes_of(made: Contestant, subject: Subject, ball: Ball, steps: int) -> tuple[float, float]:
+    """Forward and backward passes an image, counted on one batch, apart from the timing."""
+    x, y = subject.x[:32], subject.y[:32]
+    handed, asked = counted(prepare(subject.model, x) if made is OURS["robustkit"] else subject.model)
+    made(handed, x, ball, steps)(x, y)  # `prepare` leaves a prepared model as it is
+    forwards, backwards = asked()
+    return forwards / len(x), backwards / len(x)
+
+
+def forward_section(subject: Subject, rounds: int, bar: Bar) -> dict[str, Any]:
+    """Forward passes alone, as score-based attacks and certification make them."""
+    size, ready = best_batch(subject.model, subject.x), prepare(subject.model, subject.x)
+
+    def passes(model: Any) -> Run:
+        def run(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad(), attackable(model):
+                for _ in range(20):
+                    model(x)
+            return x
+
+        return in_batches(run, size)
+
+    runs = {"floor": passes(subject.model), "tuned floor": passes(ready)}
+    timings = interleaved(subject.model, runs, subject.x, subject.y, rounds, SEED, bar)
+    return {
+        "title": f"20 forward passes on {subject.name}",
+        "about": subject.about,
+        "n": len(subject.x),
+        "rounds": rounds,
+        "batch": size,
+        "rows": figures(timings, [], dict.fromkeys(runs, (20.0, 0.0))),
+    }
+
+
+def standard_section(subject: Subject, rounds: int, bar: Bar) -> dict[str, Any]:
+    """AutoAttack's standard protocol: pyautoattack as it is, over a prepared model, and our own protocols."""
+    ball, ready = subject.balls["Linf"], prepare(subject.model, subject.x)
+
+    def as_it_is(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            peer = import_module("pyautoattack")
+            attack = peer.AutoAttack(subject.model, norm=ball.norm, eps=ball.eps, seed=SEED, device=x.device)
+            found: torch.Tensor = attack.run_standard_evaluation(x, y, batch_size=len(x))[0]
+        return found
+
+    def over_prepared(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return LIBRARY["autoattack"](ready, x, y, ball, generator=seeded(SEED, "standard"))
+
+    runs = {"pyautoattack": as_it_is, "pyautoattack over the prepared model": over_prepared}
+    timings = interleaved(subject.model, runs, subject.x, subject.y, rounds, SEED, bar)
+    for name in [name for name in ("fast", "standard") if name in PROTOCOLS]:
+        timings[f"robustkit evaluate, protocol {name}"] = protocol(subject, ball, name, rounds, bar)
+    return {
+        "title": f"AutoAttack standard, {ball} on {subject.name}",
+        "about": subject.about,
+        "n": len(subject.x),
+        "rounds": rounds,
+        "batch": len(subject.x) // rounds,
+        "rows": figures(timings, ["pyautoattack"], {}),
+    }
+
+
+def protocol(subject: Subject, ball: Ball, name: str, rounds: int, bar: Bar) -> Timing:
+    """One of our protocols as a user runs it, verdicts and all, on the same parts of the images."""
+    bar.set_postfix_str(name)
+    seconds, survived = [], []
+    where = Provenance("the bench's images", "test", "bench", "0" * 64, False)
+    for x, y in zip(subject.x.chunk(rounds), subject.y.chunk(rounds), strict=True):
+        data = Dataset(x, y, tuple(range(len(x))), where, tuple("0123456789"))
+        start = time.perf_counter()
+        result = evaluate(
+            subject.model, data, ball, PROTOCOLS[name], model_name=name, tier="full", progress=False
+        )
+        seconds.append(time.perf_counter() - start)
+        survived.append(result.robust)
+        bar.update()
+    return Timing(tuple(seconds), type(survived[0])(sum(s.k for s in survived), len(subject.x)))
+
+
+# --- memory: each contestant in a process of its own ---------------------------------------------------
+
+
+def memory_section(name: str, n: int, folder: Path, bar: Bar) -> dict[str, Any]:
+    subject = SUBJECTS[name](n)
+    ball, size = subject.balls["Linf"], best_batch(subject.model, subject.x)
+    taken = {}
+    for contestant in ("robustkit", *peers(ball, 40)):
+        bar.set_postfix_str(f"memory of {contestant}")
+        command = [sys.executable, str(Path(__file__).parent), "--peers", str(folder)]
+        done = subprocess.run(
+            [*command, "--memory", name, contestant, str(n)], capture_output=True, text=True, check=False
+        )
+        taken[contestant] = int(done.stdout) if done.returncode == 0 else None
+        bar.update()
+    return {"title": f"Peak memory of PGD-4, {ball} on {name}", "n": n, "batch": size, "bytes": taken}
+
+
+def memory_of(name: str, contestant: str, n: int) -> int:
+    subject = SUBJECTS[name](n)
+    ball, size = subject.balls["Linf"], best_batch(subject.model, subject.x)
+    run = in_batches((OURS | peers(ball, 4))[contestant](subject.model, subject.x, ball, 4), size)
+    run(subject.x[:2], subject.y[:2])  # libraries allocate what they keep at their first call
+    return peak_bytes(run, subject.x, subject.y)
+
+
+# --- the whole -------------------------------------------------------------------------------------------
+
+
+def bench(out: Path, folder: Path, missing: list[str], quick: bool) -> None:
+    plan = QUICK if quick else PLAN
+    name, rounds, share = ("mnist", 1, 8) if quick else STANDARD
+    rivals = sum(
+        rounds * (len(FLOORS) + len(OURS) + 1 + len(peers(Ball(norm, 1.0), steps)))
+        for _, norm, steps, rounds, _ in plan
+    )
+    of_protocols = sum(each in PROTOCOLS for each in ("fast", "standard"))
+    forwards = 2 if quick else 8
+    total = (
+        rivals + 2 * 2 * forwards + rounds * (2 + of_protocols) + 2 * (1 + len(peers(Ball("Linf", 1.0), 4)))
+    )
+    started, sections, memory = time.time(), [], []
+    with tqdm(total=total, unit="run", file=sys.stderr) as bar:
+        for each, norm, steps, repeats, n in plan:
+            subject = SUBJECTS[each](repeats * n)
+            sections.append(pgd_section(subject, subject.balls[norm], steps, repeats, bar))
+        for each, n in (("mnist", 256), ("resnet20", 64)):
+            sections.append(forward_section(SUBJECTS[each](forwards * n), forwards, bar))
+        if here("pyautoattack"):
+            sections.append(standard_section(SUBJECTS[name](rounds * share), rounds, bar))
+        for each, n in (("mnist", 512), ("resnet20", 64)):
+            memory.append(memory_section(each, n, folder, bar))
+    record = {
+        "created": time.strftime("%Y-%m-%d"),
+        "minutes": round((time.time() - started) / 60, 1),
+        "hardware": asdict(hardware()),
+        "processors": os.cpu_count(),
+        "load": os.getloadavg()[0],
+        "versions": versions(),
+        "missing": missing,
+        "seed": SEED,
+        "quick": quick,
+        "sections": sections,
+        "memory": memory,
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    kind = "gpu" if torch.cuda.is_available() else "cpu"
+    (out / f"{kind}.json").write_text(json.dumps(record, indent=2) + "\n")
+    (out / f"{kind}.md").write_text(markdown(record))
+    print(markdown(record))
+
+
+def main() -> None:
+    root = Path(__file__).parents[2]
+    parser = argparse.ArgumentParser(prog="bench", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--peers", type=Path, default=Path(sys.prefix) / "bench-peers", help="torchattacks, adv-lib"
+    )
+    parser.add_argument("--out", type=Path, default=root / "docs" / "bench")
+    parser.add_argument(
+        "--quick", action="store_true", help="one minute, to see that it runs; figures mean little"
+    )
+    parser.add_argument("--memory", nargs=3, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.memory:
+        subject, contestant, n = options.memory
+        find_peers(options.peers, {contestant} - {"robustkit"})
+        print(memory_of(subject, contestant, int(n)))
+        return
+    missing = find_peers(options.peers)
+    for peer in missing:
+        print(f"bench: left out: {peer}", file=sys.stderr)
+    bench(options.out, options.peers, missing, options.quick)
+
+
+if __name__ == "__main__":
+    main()
