@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import random
 import statistics
 import time
@@ -11,9 +12,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from contestants import Run
 from torch import Tensor, nn
 
+from benching.contestants import Run
 from robustkit.device import Prepared
 from robustkit.evaluate import predict
 from robustkit.results import Interval
@@ -103,16 +104,17 @@ def counted(model: Any) -> tuple[nn.Module, Callable[[], tuple[int, int]]]:
     return handed, lambda: (sum(c.forwards for c in counters), sum(c.backwards for c in counters))
 
 
-def peak_bytes(run: Run, x: Tensor, y: Tensor) -> int:
-    """The most memory that one call takes beyond what was in use before it (Linux, or a GPU)."""
-    if x.is_cuda:
+def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
+    """The most memory that `work` takes beyond what was in use before it (on Linux, or a GPU)."""
+    if device.type == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        run(x, y)
+        work()
         return torch.cuda.max_memory_allocated() - before
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed before is not there to be used again
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
     before = _status("VmRSS")
-    run(x, y)
+    work()
     return _status("VmHWM") - before
 
 

@@ -54,8 +54,9 @@ def resnet20(n: int) -> Subject:
         net = PreActResNet((3, 3, 3), 16)
     model = nn.Sequential(Normalize((0.49, 0.48, 0.45), (0.25, 0.24, 0.26)), net)
     x = torch.rand(n, 3, 32, 32, generator=generator)
-    for _ in range(50):  # running statistics as after training, or eval mode would be another network
-        model(x[torch.randint(n, (64,), generator=generator)])
+    with torch.no_grad():
+        for _ in range(50):  # running statistics as after training, or eval mode would be another network
+            model(x[torch.randint(n, (64,), generator=generator)])
     model = model.to(device).eval()
     with torch.no_grad(), attackable(model):
         y = torch.cat([model(part).argmax(1) for part in x.to(device).split(64)])
