@@ -82,7 +82,8 @@ PROTOCOLS: dict[str, Mapping[str, Attack]] = {
 # What an attack needs to know, where it is less than everything: an attack, or the function of a partial.
 _KNOWLEDGE: list[tuple[Any, str]] = [
     *((attack, "score-based") for attack in (square, noise, spatial_grid, spatial_random)),
-    (LIBRARY["autoattack-square"], "score-based"),
+    *((LIBRARY[name], "score-based") for name in ("autoattack-square", "art-square", "cleverhans-spsa")),
+    *((attack, "label-only") for name, attack in LIBRARY.items() if name.endswith(("jump", "boundary"))),
     (on_surrogate, "transfer"),
 ]
 

@@ -14,11 +14,12 @@ from pyautoattack.square import SquareAttack
 from torch import nn
 
 from robustkit.attacks import Attack, fgsm, noise, pgd, square, transfer
+from robustkit.attacks.library import LIBRARY
 from robustkit.attacks.search import random_search
 from robustkit.attacks.square import HALVINGS, _bump, _side
 from robustkit.device import Prepared, attackable, seeded
 from robustkit.errors import RobustkitError
-from robustkit.evaluate import evaluate
+from robustkit.evaluate import evaluate, strongest_knowledge
 from robustkit.losses import margin
 from robustkit.threat import Ball, RotationTranslation
 from tests.oracle import DUAL, Linear, dataset, interior, linear, margins, strongest
@@ -335,6 +336,10 @@ def test_what_an_attack_knows_is_in_the_result():
     score = partial(square, queries=5)
     assert knowledge(square=score, noise=noise) == "score-based"
     assert knowledge(transfer=transfer(linear(1), fgsm)) == "transfer"
+    assert strongest_knowledge({"boundary": LIBRARY["foolbox-boundary"]}) == "label-only"
+    assert strongest_knowledge({"hop": LIBRARY["art-hop-skip-jump"]}) == "label-only"
+    assert strongest_knowledge({"spsa": LIBRARY["cleverhans-spsa"]}) == "score-based"
+    assert strongest_knowledge({"pgd": LIBRARY["cleverhans-pgd"]}) == "white-box"
     assert knowledge(square=score, fgsm=fgsm) == "white-box"
 
 
