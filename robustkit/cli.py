@@ -1,7 +1,7 @@
 """The `robustkit` command: parse, one library call, write, print a summary.
 
 Data go to stdout, progress and complaints to stderr. `main` is the one place where an error becomes a
-sentence and an exit status: 0 done, 1 the doctor found something essential broken, 2 bad input, 130
+sentence and an exit status: 0 done, 1 the doctor or an audit found something wrong, 2 bad input, 130
 interrupted. torch is imported by the commands that need it, so `--help` and `report` are quick.
 """
 
@@ -24,13 +24,16 @@ from robustkit.errors import RobustkitError
 from robustkit.files import write_atomically
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from robustkit.certify.certificates import Certification, Row, Smoothing
     from robustkit.data import Dataset
     from robustkit.device import Model
     from robustkit.doctor import Diagnosis
     from robustkit.evaluate import Runner
     from robustkit.leaderboard import Entry, Leaderboard, Standing
-    from robustkit.results import Evaluation
+    from robustkit.results import Audit, Evaluation
+    from robustkit.threat import Ball
     from robustkit.train import Run
 
 # Model, norm and eps that go with a data set where the command line names none.
@@ -132,14 +135,9 @@ def _train(options: argparse.Namespace) -> int:
 
 @_as_rank
 def _evaluate(options: argparse.Namespace) -> int:
-    from robustkit import data, device, evaluate, models, scale
-    from robustkit.threat import Ball
+    from robustkit import device, evaluate, scale
 
-    usual_model, usual_norm, usual_eps = _USUAL.get(options.data, ("", "", 0.0))
-    norm = options.norm or usual_norm
-    if options.eps is None and norm != usual_norm:
-        raise RobustkitError(f"{norm} has no usual size on {options.data}; give --eps, e.g. --eps 1.5.")
-    ball = Ball(norm, usual_eps if options.eps is None else options.eps)
+    ball = _ball(options)
     attacks = (
         evaluate.find_protocol(options.protocol)
         if options.protocol
@@ -150,13 +148,9 @@ def _evaluate(options: argparse.Namespace) -> int:
     _check_writable(out)
     journal = out.with_name(f"{out.name}.partial")
     _check_result(out, journal, resume=options.resume)
-    place = device.pick_device()
-    name = options.model or usual_model
-    model = models.load_weights(models.build(name), options.weights).to(place)
-    digest = hashlib.sha256(options.weights.read_bytes()).hexdigest()
-    limit = _IMAGES[tier] if options.n is None else options.n
-    images = data.load(options.data, options.split, limit=limit, seed=options.seed, device=place)
-    _check_fits(model, name, images)
+    model = _model(options, options.weights)
+    images = _images(options, tier)
+    _check_fits(model, _architecture(options), images)
     batch_size = min(scale.shared(lambda: device.batch_size(model, images.x)))
     with scale.journal_of_rank(journal) as path, _runner(options) as runner:
         evaluation = evaluate.evaluate(
@@ -174,7 +168,7 @@ def _evaluate(options: argparse.Namespace) -> int:
         )
     if scale.rank() > 0:
         return 0
-    evaluation = replace(evaluation, notes=(f"{name}, weights sha256 {digest[:16]}", *evaluation.notes))
+    evaluation = replace(evaluation, notes=(_weights_note(options), *evaluation.notes))
     write_atomically(out, f"{evaluation.to_json()}\n".encode())
     journal.unlink()
     print(evaluation.to_json() if options.json else _evaluation_text(evaluation, out))
@@ -271,6 +265,32 @@ def _tls_certificates(options: argparse.Namespace) -> int:
     return 0
 
 
+def _audit(options: argparse.Namespace) -> int:
+    from robustkit import audit, device
+
+    ball = _ball(options)
+    tier = options.tier or device.tier()
+    out: Path = options.out or options.weights.parent / "audit.json"
+    _check_writable(out)
+    model = _model(options, options.weights)
+    surrogate = None if options.surrogate is None else _model(options, options.surrogate)
+    images = _images(options, tier)
+    _check_fits(model, _architecture(options), images)
+    found = audit.audit(
+        model,
+        images,
+        ball,
+        model_name=_model_name(options.weights),
+        tier=tier,
+        seed=options.seed,
+        surrogate=surrogate,
+    )
+    found = replace(found, notes=(_weights_note(options),))
+    write_atomically(out, f"{found.to_json()}\n".encode())
+    print(found.to_json() if options.json else _audit_text(found, out))
+    return 1 if found.findings else 0
+
+
 def _report(options: argparse.Namespace) -> int:
     from robustkit import report
     from robustkit.certify import page
@@ -322,6 +342,41 @@ def _leaderboard(options: argparse.Namespace) -> int:
             "were synthetic"
         )
     return 0
+
+
+# --- what `evaluate` and `audit` are given -----------------------------------------------------------
+
+
+def _ball(options: argparse.Namespace) -> Ball:
+    from robustkit.threat import Ball
+
+    _, usual_norm, usual_eps = _USUAL[options.data]
+    norm = options.norm or usual_norm
+    if options.eps is None and norm != usual_norm:
+        raise RobustkitError(f"{norm} has no usual size on {options.data}; give --eps, e.g. --eps 1.5.")
+    return Ball(norm, usual_eps if options.eps is None else options.eps)
+
+
+def _architecture(options: argparse.Namespace) -> str:
+    return options.model or _USUAL[options.data][0]
+
+
+def _model(options: argparse.Namespace, weights: Path) -> nn.Module:
+    from robustkit import device, models
+
+    return models.load_weights(models.build(_architecture(options)), weights).to(device.pick_device())
+
+
+def _images(options: argparse.Namespace, tier: str) -> Dataset:
+    from robustkit import data, device
+
+    limit = _IMAGES[tier] if options.n is None else options.n
+    return data.load(options.data, options.split, limit=limit, seed=options.seed, device=device.pick_device())
+
+
+def _weights_note(options: argparse.Namespace) -> str:
+    digest = hashlib.sha256(options.weights.read_bytes()).hexdigest()
+    return f"{_architecture(options)}, weights sha256 {digest[:16]}"
 
 
 # --- checks that come before the work ---------------------------------------------------------------
@@ -550,6 +605,36 @@ def _curve_record(path: Path, rows: Sequence[Row], smoothing: Smoothing | None) 
     }
 
 
+def _audit_text(audit: Audit, out: Path) -> str:
+    rows = [
+        [
+            outcome.check,
+            "" if outcome.measured is None else f"{outcome.measured:.3g}",
+            f"{outcome.flag} {outcome.threshold:g} {outcome.unit}",
+            "FINDING" if outcome.verdict == "flagged" else outcome.verdict,
+        ]
+        for outcome in audit.outcomes
+    ]
+    findings = [f"{one.check}: {one.evidence}.\n    Try: {one.repair}" for one in audit.findings]
+    skipped = [
+        f"{one.check} was not run: {one.evidence}." for one in audit.outcomes if one.verdict == "not run"
+    ]
+    return "\n".join(
+        [
+            f"{audit.model} ({'; '.join(audit.notes)})",
+            f"threat model: {audit.threat}",
+            f"data: {audit.data}, {audit.n} images",
+            f"seed {audit.seed}, {audit.tier} tier, {audit.hardware}",
+            "",
+            *_columns(["check", "measured", "a finding if", "verdict"], rows),
+            "",
+            *(findings or ["no findings: nothing here says that gradients mislead the attack"]),
+            *skipped,
+            f"written: {out}",
+        ]
+    )
+
+
 def _diagnosis_text(diagnosis: Diagnosis) -> str:
     versions = [[name, version or "not installed"] for name, version in diagnosis.versions.items()]
     minutes = [
@@ -644,6 +729,30 @@ def _parser() -> argparse.ArgumentParser:
         "help": "seed of everything random (default 0)",
     }
 
+    def add_subject(command: _Parser) -> None:
+        """Which model on which images against which ball: what an evaluation and an audit are about."""
+        command.add_argument("weights", type=Path, metavar="MODEL.safetensors", help="weights of the model")
+        command.add_argument("--data", required=True, choices=tuple(_USUAL), help="data set to attack")
+        command.add_argument("--split", default="test", help="split of it (default test)")
+        command.add_argument(
+            "--model", help="architecture of the weights (default: the usual one for the data)"
+        )
+        command.add_argument("--norm", choices=("Linf", "L2", "L1"), help="norm of the ball (default Linf)")
+        command.add_argument(
+            "--eps",
+            type=_size,
+            metavar="SIZE",
+            help="size of the ball (default 0.3 on digits, 8/255 on CIFAR-10)",
+        )
+        command.add_argument(
+            "--n",
+            type=int,
+            metavar="N",
+            help="images drawn from the split (default 200, 1,000 or all, by tier)",
+        )
+        command.add_argument("--seed", **seed)
+        command.add_argument("--tier", **tier)
+
     add(
         "doctor",
         _doctor,
@@ -678,17 +787,7 @@ def _parser() -> argparse.ArgumentParser:
         "Measure robust accuracy: the worst case over attacks, image by image.",
         "robustkit evaluate runs/first/model.safetensors --data mnist --attacks fgsm,pgd-40 --n 500",
     )
-    evaluate.add_argument("weights", type=Path, metavar="MODEL.safetensors", help="weights to evaluate")
-    evaluate.add_argument("--data", required=True, choices=tuple(_USUAL), help="data set to attack")
-    evaluate.add_argument("--split", default="test", help="split of it (default test)")
-    evaluate.add_argument("--model", help="architecture of the weights (default: the usual one for the data)")
-    evaluate.add_argument("--norm", choices=("Linf", "L2", "L1"), help="norm of the ball (default Linf)")
-    evaluate.add_argument(
-        "--eps",
-        type=_size,
-        metavar="SIZE",
-        help="size of the ball (default 0.3 on digits, 8/255 on CIFAR-10)",
-    )
+    add_subject(evaluate)
     which = evaluate.add_mutually_exclusive_group()
     which.add_argument(
         "--attacks", default="fgsm,pgd-40", help="attacks in order, by comma (default fgsm,pgd-40)"
@@ -696,11 +795,6 @@ def _parser() -> argparse.ArgumentParser:
     which.add_argument(
         "--protocol", metavar="NAME", help="a list of attacks with a name: quick, fast or standard"
     )
-    evaluate.add_argument(
-        "--n", type=int, metavar="N", help="images drawn from the split (default 200, 1,000 or all, by tier)"
-    )
-    evaluate.add_argument("--seed", **seed)
-    evaluate.add_argument("--tier", **tier)
     evaluate.add_argument("--out", type=Path, metavar="FILE", help="default: eval.json beside the weights")
     evaluate.add_argument(
         "--resume", action="store_true", help="go on with the evaluation that was to write that file"
@@ -776,6 +870,21 @@ def _parser() -> argparse.ArgumentParser:
     curve.add_argument("--sigma", type=float, help="noise that the logs state; without it nothing is checked")
     curve.add_argument("--n", type=int, default=100_000, help="samples that they state (default 100,000)")
     curve.add_argument("--alpha", type=float, default=0.001, help="alpha that they state (default 0.001)")
+
+    audit = add(
+        "audit",
+        _audit,
+        "Check whether a robustness figure is real; status 1 when a check finds a reason to doubt it.",
+        "robustkit audit runs/first/model.safetensors --data mnist --tier smoke",
+    )
+    add_subject(audit)
+    audit.add_argument(
+        "--surrogate",
+        type=Path,
+        metavar="OTHER.safetensors",
+        help="weights of another model of the same architecture, for the transfer check",
+    )
+    audit.add_argument("--out", type=Path, metavar="FILE", help="default: audit.json beside the weights")
 
     report = add(
         "report",

@@ -17,6 +17,7 @@ from robustkit.errors import RobustkitError
 from robustkit.threat import ThreatModel
 
 CLEAN = "clean"  # the value of `broken_by` for an example that is misclassified before any attack
+VERDICTS = ("passed", "flagged", "not run")
 
 
 @dataclass(frozen=True)
@@ -173,13 +174,72 @@ class Evaluation:
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        record = _parse(text, cls.__name__)
-        try:
-            result: Self = _build(cls, record, cls.__name__)
-        except (KeyError, TypeError, OverflowError) as error:
+        result: Self = _from_json(cls, text, "robustkit evaluate")
+        return result
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One check of an audit: what it measured against which threshold, and the evidence.
+
+    `measured` is None exactly where the verdict is "not run"; `flag` says on which side of the threshold
+    a finding lies; `repair` is what to try when there is one.
+    """
+
+    check: str
+    verdict: str
+    measured: float | None
+    flag: str
+    threshold: float
+    unit: str
+    evidence: str
+    repair: str
+
+    def __post_init__(self) -> None:
+        if self.verdict not in VERDICTS:
             raise RobustkitError(
-                f"this JSON is not a complete {cls.__name__} record ({error}); make it again with `robustkit evaluate`."
-            ) from error
+                f"verdict {self.verdict!r} is unknown; it is one of {', '.join(map(repr, VERDICTS))}."
+            )
+        if (self.measured is None) != (self.verdict == "not run"):
+            raise RobustkitError(
+                f"check {self.check!r} is {self.verdict!r} with measured={self.measured}; "
+                "a check has a measured value exactly when it was run."
+            )
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What every check of an audit measured on one model; `findings` are the outcomes that are flagged."""
+
+    model: str
+    threat: ThreatModel
+    data: Provenance
+    indices: tuple[int, ...]
+    outcomes: tuple[Outcome, ...]
+    seed: int
+    tier: str
+    hardware: Hardware
+    created: str
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.indices or not self.outcomes:
+            raise RobustkitError("an audit needs at least one example and one check; got none.")
+
+    @property
+    def n(self) -> int:
+        return len(self.indices)
+
+    @property
+    def findings(self) -> tuple[Outcome, ...]:
+        return tuple(outcome for outcome in self.outcomes if outcome.verdict == "flagged")
+
+    def to_json(self) -> str:
+        return dumps(self)
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        result: Self = _from_json(cls, text, "robustkit audit")
         return result
 
 
@@ -194,7 +254,19 @@ def dumps(result: Any) -> str:
                 for name, share in (("clean", result.clean), ("robust", result.robust))
             },
         }
+    if isinstance(result, Audit):
+        record["summary"] = {"n": result.n, "findings": [outcome.check for outcome in result.findings]}
     return json.dumps(record, indent=2, allow_nan=False)
+
+
+def _from_json(cls: Any, text: str, command: str) -> Any:
+    record = _parse(text, cls.__name__)
+    try:
+        return _build(cls, record, cls.__name__)
+    except (KeyError, TypeError, OverflowError) as error:
+        raise RobustkitError(
+            f"this JSON is not a complete {cls.__name__} record ({error}); make it again with `{command}`."
+        ) from error
 
 
 def _parse(text: str, expected: str) -> dict[str, Any]:

@@ -25,7 +25,17 @@ from robustkit.train import RECIPES
 from tests.oracle import evaluation
 
 Run = Callable[..., tuple[int, str, str]]
-COMMANDS = ("doctor", "train", "evaluate", "certify", "curve", "tls-certificates", "report", "leaderboard")
+COMMANDS = (
+    "doctor",
+    "train",
+    "evaluate",
+    "audit",
+    "certify",
+    "curve",
+    "tls-certificates",
+    "report",
+    "leaderboard",
+)
 
 
 @pytest.fixture(autouse=True)
