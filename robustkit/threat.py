@@ -125,7 +125,7 @@ class Ball:
         one_more = torch.rand(len(like), 1, generator=generator, device=like.device, dtype=like.dtype)
         exponential = -torch.log1p(-uniform[0])
         total = exponential.sum(1, keepdim=True) - torch.log1p(-one_more)
-        signs = torch.where(uniform[1] < 0.5, -1.0, 1.0)
+        signs = 1 - 2 * (uniform[1] < 0.5).to(like.dtype)
         return (self.eps * signs * exponential / total).view_as(like)
 
     def candidates(self, x: Tensor, delta: Tensor) -> Tensor:

@@ -409,3 +409,14 @@ def test_targeted_apgd_tries_every_class_of_a_model_with_few_and_never_the_true_
     apgd_targeted(still, x, y, Ball("Linf", 1e-6), steps=2, loss=noting, generator=seeded(0))
     assert aims
     assert all(aims)
+
+
+@each_norm
+@pytest.mark.parametrize("attack", [apgd, apgd_targeted])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_candidates_have_the_dtype_of_the_images(curved, norm, attack, dtype):
+    model, x, y = curved
+    other = Prepared(lambda images: model(images.float()).to(dtype), lambda images: model(images.float()))
+    found = attack(other, x.to(dtype), y, Ball(norm, SIZES[norm]), steps=4, generator=seeded(0))
+    assert found.dtype == dtype
+    assert found.shape == x.shape
