@@ -203,6 +203,8 @@ def test_a_strided_convolution_on_pixel_blocks_is_the_same_function(kernel, stri
     assert any(isinstance(layer, nn.PixelUnshuffle) for layer in simple.modules()) == rewritten
     x = images(4, (3, 16, 20))
     assert_same(answers(simple, x), answers(model, x))
+    with torch.no_grad():
+        assert torch.equal(simple(x), model(x))  # forward alone: the convolution as it was
 
 
 def test_the_course_model_is_rewritten():
