@@ -16,7 +16,7 @@ from torch import nn
 from robustkit.attacks import Attack, fgsm, noise, pgd, square, transfer
 from robustkit.attacks.library import LIBRARY
 from robustkit.attacks.search import random_search
-from robustkit.attacks.square import HALVINGS, _bump, _side
+from robustkit.attacks.square import HALVINGS, _bump, _cells, _side
 from robustkit.device import Prepared, attackable, seeded
 from robustkit.errors import RobustkitError
 from robustkit.evaluate import evaluate, strongest_knowledge
@@ -147,10 +147,15 @@ def test_linf_starts_from_stripes_and_then_paints_squares_of_one_sign():
             if len(rows):
                 corners.add((example, int(rows.min()), int(columns.min())))
     assert {corner[0] for corner in corners} == {0, 1, 2}
-    # Each example has squares of its own.
-    assert (
-        len({corner[1:] for corner in corners if corner[0] == 0} ^ {c[1:] for c in corners if c[0] == 1}) > 5
-    )
+
+
+def test_each_example_draws_its_own_square_from_every_position():
+    cells = _cells(torch.zeros(2000, 2, 6, 5), 3, seeded(0))
+    assert torch.equal(cells[:, 0], cells[:, 1])  # one place for all channels
+    corners = [divmod(int(corner), 5) for corner in cells[:, 0, 0]]
+    assert set(corners) == {(row, column) for row in range(4) for column in range(3)}
+    offsets = (cells[:, 0] - cells[:, 0, :1]).unique(dim=0)
+    assert offsets.tolist() == [[0, 1, 2, 5, 6, 7, 10, 11, 12]]
 
 
 def test_every_pixel_can_be_painted():
