@@ -16,7 +16,7 @@ from torch import nn
 from robustkit.attacks import Attack, fgsm, noise, pgd, square, transfer
 from robustkit.attacks.library import LIBRARY
 from robustkit.attacks.search import random_search
-from robustkit.attacks.square import HALVINGS, _bump, _cells, _side
+from robustkit.attacks.square import HALVINGS, _bump, _cells, _repaint, _side
 from robustkit.device import Prepared, attackable, seeded
 from robustkit.errors import RobustkitError
 from robustkit.evaluate import evaluate, strongest_knowledge
@@ -156,6 +156,14 @@ def test_each_example_draws_its_own_square_from_every_position():
     assert set(corners) == {(row, column) for row in range(4) for column in range(3)}
     offsets = (cells[:, 0] - cells[:, 0, :1]).unique(dim=0)
     assert offsets.tolist() == [[0, 1, 2, 5, 6, 7, 10, 11, 12]]
+
+
+def test_each_channel_of_a_square_has_a_sign_of_its_own():
+    x = torch.full((200, 2, 4, 4), 0.5)
+    signs = (_repaint(x, x, Ball("Linf", 0.1), 4, seeded(0)) - x).sign()
+    assert torch.equal(signs, signs[:, :, :1, :1].expand_as(signs))
+    apart = int((signs[:, 0, 0, 0] != signs[:, 1, 0, 0]).sum())
+    assert 70 < apart < 130
 
 
 def test_every_pixel_can_be_painted():
