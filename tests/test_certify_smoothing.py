@@ -459,12 +459,26 @@ def test_a_file_of_another_run_is_not_continued(tmp_path, change):
     assert path.read_text() == before
 
 
-def test_a_file_that_is_no_log_is_left_alone(tmp_path):
+@pytest.mark.parametrize("content", [b"the only copy\n", b"\xff\xfe\x00\n"])
+def test_a_file_that_is_no_log_is_left_alone(tmp_path, content):
     path = tmp_path / "thesis.txt"
-    path.write_text("the only copy\n")
+    path.write_bytes(content)
     with pytest.raises(RobustkitError, match="other settings"):
         run(path)
-    assert path.read_text() == "the only copy\n"
+    assert path.read_bytes() == content
+
+
+def test_rows_that_were_tampered_with_are_not_continued(tmp_path):
+    path = tmp_path / "rows.tsv"
+    run(path)
+    lines = path.read_text().splitlines(keepends=True)
+    for changed in (lines[:3] + lines[4:], [*lines, lines[-1]], [*lines[:2], *lines[3:1:-1]]):
+        path.write_text("".join(changed))
+        with pytest.raises(RobustkitError, match="not those of these images in order"):
+            run(path)
+    path.write_text("".join([*lines[:4], "half a row\n"]))
+    with pytest.raises(RobustkitError, match="line 5 is not a row"):
+        run(path)
 
 
 # --- published logs ----------------------------------------------------------------------------------

@@ -250,7 +250,8 @@ def rows_file(
         return
     head = f"# {json.dumps(settings, sort_keys=True)}\n{HEADER}\n"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+", encoding="utf-8", newline="\n") as file:
+    # A byte that is no UTF-8 makes the text differ from the settings, and the file is then refused.
+    with path.open("a+", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
         file.seek(0)
         text = file.read()
         whole = text[: text.rfind("\n") + 1]

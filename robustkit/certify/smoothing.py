@@ -194,6 +194,8 @@ def certify(
             file=sys.stderr,
         ) as bar,
     ):
+        if [row.index for row in done] != list(data.indices[: len(done)]):
+            raise RobustkitError(f"the rows in {rows} are not those of these images in order; delete it.")
         for position in range(len(done), len(data)):
             done.append(_certify(base_model, data, position, smoothing, seed, batch_size))
             append(done[-1])
