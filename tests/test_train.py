@@ -75,7 +75,8 @@ def test_a_defence_is_the_cross_entropy_at_the_closed_form_candidate(name, exact
         assert untouched + 0.5 * (expected - untouched) < found < expected
 
 
-@pytest.mark.parametrize("name", DEFENCES)
+# Bounds know no dropout, which is how this test tells the modes apart.
+@pytest.mark.parametrize("name", [name for name in DEFENCES if "ibp" not in name])
 def test_a_defence_trains_in_train_mode_and_leaves_gradients_on_the_weights_alone(name):
     model = Linear(linear().w.detach()).train()
     modes = []
