@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 from robustkit.errors import RobustkitError
 from robustkit.files import write_atomically
 from robustkit.results import CLEAN, Evaluation, Interval, read_evaluation
+from robustkit.threat import Ball
 
 # Okabe & Ito 2008: told apart with any colour vision. Markers, lines and hatches say the same again.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -182,7 +183,8 @@ def _curves(evaluations: list[Evaluation]) -> list[list[Curve]]:
     def comparable(one: Evaluation) -> tuple[str, ...]:
         threat = one.threat
         attacks = ",".join(run.name for run in one.attacks)
-        return attacks, threat.knowledge, threat.goal, str(threat.queries), str(one.indices), one.tier
+        shifts = "" if isinstance(threat.ball, Ball) else str(threat.ball.pixels)  # eps is the angle alone
+        return attacks, shifts, threat.knowledge, threat.goal, str(threat.queries), str(one.indices), one.tier
 
     sets = []
     for _, group in groupby(sorted(evaluations, key=comparable), key=comparable):
@@ -218,7 +220,7 @@ def _curve_figure(curves: list[Curve], norm: str) -> str:
                 capsize=3,
             )
         axes.set_ylim(0, 100)
-        axes.set_xlabel(f"{norm} eps, input units")
+        axes.set_xlabel(_axis(curves[0][1][0]))
         axes.set_ylabel("robust accuracy in %")
         figure.legend(loc="outside upper center", ncols=min(len(curves), 3), frameon=False)
         lines = "; ".join(
@@ -226,11 +228,20 @@ def _curve_figure(curves: list[Curve], norm: str) -> str:
             + ", ".join(f"{100 * share.share:.1f} % at {eps:.4g}" for eps, share in _curve_points(each))
             for label, each in curves
         )
-        return picture(figure, f"Robust accuracy against {norm} eps, with clean accuracy at eps 0. {lines}.")
+        return picture(figure, f"Robust accuracy against {norm} eps. {lines}.")
+
+
+def _axis(evaluation: Evaluation) -> str:
+    ball = evaluation.threat.ball
+    if isinstance(ball, Ball):
+        return f"{ball.norm} eps, input units; clean accuracy at 0"
+    return f"rotation in degrees, with shifts of up to {ball.pixels:g} pixels"
 
 
 def _curve_points(evaluations: list[Evaluation]) -> list[tuple[float, Interval]]:
-    clean = [] if evaluations[0].threat.ball.eps == 0 else [(0.0, evaluations[0].clean)]
+    ball = evaluations[0].threat.ball
+    # A ball of size 0 is the clean image; no rotation can still be a shift.
+    clean = [(0.0, evaluations[0].clean)] if isinstance(ball, Ball) and ball.eps > 0 else []
     return clean + [(one.threat.ball.eps, one.robust) for one in evaluations]
 
 
@@ -299,9 +310,16 @@ def _attack_table(evaluations: list[Evaluation], labels: list[str]) -> str:
 def _record_table(evaluations: list[Evaluation], labels: list[str]) -> str:
     return table(
         "Where the figures are from",
-        ("evaluation", "measured", "hardware", "robustkit", "notes"),
+        ("evaluation", "protocol", "measured", "hardware", "robustkit", "notes"),
         (
-            (label, one.created, str(one.hardware), one.hardware.robustkit, "; ".join(one.notes) or "none")
+            (
+                label,
+                one.protocol or "none",
+                one.created,
+                str(one.hardware),
+                one.hardware.robustkit,
+                "; ".join(one.notes) or "none",
+            )
             for label, one in zip(labels, evaluations, strict=True)
         ),
     )
@@ -328,7 +346,18 @@ def _share(evaluation: Evaluation, name: str) -> Interval:
 
 def _labels(evaluations: list[Evaluation]) -> list[str]:
     """A name for each evaluation of a group; numbered where two would have the same."""
-    names = [f"{one.model}, eps {one.threat.ball.eps:.4g}" for one in evaluations]
+
+    def name(one: Evaluation) -> str:
+        ball = one.threat.ball
+        size = (
+            f"eps {ball.eps:.4g}"
+            if isinstance(ball, Ball)
+            else f"{ball.degrees:g} degrees, {ball.pixels:g} pixels"
+        )
+        known = "" if one.threat.knowledge == "white-box" else f", {one.threat.knowledge}"
+        return f"{one.model}, {size}{known}"
+
+    names = [name(one) for one in evaluations]
     return [
         name if names.count(name) == 1 else f"{name} (no. {names[: i + 1].count(name)})"
         for i, name in enumerate(names)
@@ -346,6 +375,6 @@ def drawable(label: str) -> str:
 
 def summary(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
     """What a page says, for programs: one record for each evaluation, without its images."""
-    keep = ("model", "threat", "data", "seed", "tier", "created", "summary")
+    keep = ("model", "threat", "data", "seed", "tier", "protocol", "created", "summary")
     records = [json.loads(one.to_json()) for one in evaluations]
     return [{name: record[name] for name in keep} for record in records]

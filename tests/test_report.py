@@ -15,7 +15,7 @@ import pytest
 from robustkit.errors import RobustkitError
 from robustkit.report import PALETTE, render, summary, write
 from robustkit.results import Evaluation, Provenance
-from robustkit.threat import Ball
+from robustkit.threat import Ball, RotationTranslation
 from tests.oracle import PROVENANCE, evaluation
 
 VOID = {"meta", "img", "br"}
@@ -134,6 +134,40 @@ def test_every_figure_has_its_numbers_in_alt_text_and_in_a_table():
         str(evaluations[0].robust),
         str(evaluations[1].robust),
     ]
+
+
+def turned(degrees: float, pixels: float, survivors: int = 2, **changes) -> Evaluation:
+    one = at(0.3, survivors=survivors, **changes)
+    return replace(one, threat=replace(one.threat, ball=RotationTranslation(degrees, pixels)))
+
+
+def test_rotations_are_drawn_over_their_angle_and_never_with_another_shift():
+    page = Page(
+        render(
+            [
+                at(0.1, model="m"),
+                turned(0, 3, survivors=4, model="m"),
+                turned(30, 3, survivors=2, model="m"),
+                turned(30, 1, survivors=5, model="m"),
+            ]
+        )
+    )
+    assert len(page.alts) == 3  # bars of each norm, one curve
+    assert "m, 30 degrees, 1 pixels: clean 87.5 %, robust 62.5 %" in page.alts[1] + page.alts[2]
+    (curve,) = [alt for alt in page.alts if alt.startswith("Robust accuracy against rotation-translation")]
+    # Without any turn there is still a shift: 0 degrees is no clean image.
+    assert "m: 50.0 % at 0, 25.0 % at 30" in curve
+    (_, threat, *_) = Page(render([turned(30, 1)])).table("Clean and robust accuracy")[1]
+    assert threat.startswith("rotation-translation up to 30 degrees and 1 pixels")
+
+
+def test_knowledge_and_protocol_are_told_where_they_matter():
+    one = at(0.3, model="m")
+    weaker = replace(one, threat=replace(one.threat, knowledge="score-based"), protocol="fast")
+    page = Page(render([one, weaker]))
+    labels = [row[0] for row in page.table("Clean and robust accuracy")[1:]]
+    assert labels == ["m, eps 0.3", "m, eps 0.3, score-based"]
+    assert [row[1] for row in page.table("Where the figures are from")[1:]] == ["none", "fast"]
 
 
 def test_the_threat_model_stands_beside_every_figure():

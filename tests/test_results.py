@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -12,7 +13,7 @@ from scipy import stats
 
 from robustkit.errors import RobustkitError
 from robustkit.results import CLEAN, Evaluation, Interval, dumps, read_evaluation
-from robustkit.threat import Ball
+from robustkit.threat import KNOWLEDGE, NORMS, Ball, RotationTranslation
 from tests.oracle import PROVENANCE, evaluation
 
 RECORD = json.loads(evaluation(notes=("a note",)).to_json())
@@ -77,16 +78,23 @@ def test_one_verdict_for_each_index():
 names = st.sampled_from(["fgsm", "pgd-40", CLEAN, None])
 
 
+sets = st.builds(Ball, st.sampled_from(NORMS), st.floats(0, 100)) | st.builds(
+    RotationTranslation, st.floats(0, 180), st.floats(0, 100)
+)
+
+
 @settings(max_examples=50, deadline=None, derandomize=True)
 @given(
     st.lists(names, min_size=1, max_size=20),
-    st.floats(0, 100),
-    st.sampled_from(["Linf", "L2"]),
+    sets,
+    st.sampled_from(KNOWLEDGE),
     st.text(max_size=20),
     st.integers(0, 2**40),
+    st.sampled_from([None, "fast"]),
 )
-def test_json_round_trip(broken_by, eps, norm, model, seed):
-    one = evaluation(tuple(broken_by), ball=Ball(norm, eps), model=model, seed=seed, notes=(model,))
+def test_json_round_trip(broken_by, ball, knowledge, model, seed, protocol):
+    one = evaluation(tuple(broken_by), model=model, seed=seed, notes=(model,))
+    one = replace(one, threat=replace(one.threat, ball=ball, knowledge=knowledge), protocol=protocol)
     assert Evaluation.from_json(one.to_json()) == one
 
 
