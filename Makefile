@@ -50,7 +50,11 @@ redteam: setup ## every hostile submission of tests/redteam, in every sandbox ti
 lab: setup ## JupyterLab on the course, with nbgrader and formgrader (LAB_ARGS="--no-browser --port 8889")
 	$(RUN) python -m jupyter lab --ServerApp.root_dir="$(CURDIR)" --LabApp.default_url=/lab/tree/course $(LAB_ARGS)
 
-bench: setup ## time PGD against the forward and backward passes it cannot do without
+# torchattacks and adv-lib ask for versions that the course cannot have: they lie beside the environment.
+bench: setup ## time everybody's FGSM, PGD and AutoAttack against the passes they cannot do without
+	$(RUN) test -d "$$VIRTUAL_ENV/bench-peers/torchattacks" || pip install -q --no-deps \
+	    --target "$$VIRTUAL_ENV/bench-peers" torchattacks==3.5.1 adv-lib==0.2.8 || \
+	    echo "bench: without torchattacks and adv-lib" >&2
 	$(RUN) python scripts/bench.py
 
 clean: ## remove caches, builds and the demo's output; runs/, grades and the environment stay
