@@ -56,6 +56,7 @@ bench: setup ## time everybody's FGSM, PGD and AutoAttack against the passes the
 	    --target "$$VIRTUAL_ENV/bench-peers" torchattacks==3.5.1 adv-lib==0.2.8 || \
 	    echo "bench: without torchattacks and adv-lib" >&2
 	$(RUN) python scripts/bench.py
+	$(RUN) python scripts/bench_certify.py --images 10
 
 clean: ## remove caches, builds and the demo's output; runs/, grades and the environment stay
 	rm -rf build dist demo screenshots .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -183,7 +183,7 @@ class Trace:
 
 @dataclass(frozen=True)
 class Path:
-    """PGD on every image: where it ended, and the margins on its way, (steps + 1, n)."""
+    """PGD on every image: where it ended, and the margins on its way, (steps, n)."""
 
     points: Tensor
     margins: Tensor
@@ -289,8 +289,8 @@ class Runs:
         self.need_gradient()
         trace, steps = Trace(), 2 * self.budget.steps
         points = self.attacked("pgd", partial(pgd, steps=steps, loss=trace))
-        batches = range(0, len(trace.margins), steps + 1)
-        margins = [torch.stack(trace.margins[i : i + steps + 1]) for i in batches]
+        batches = range(0, len(trace.margins), steps)
+        margins = [torch.stack(trace.margins[i : i + steps]) for i in batches]
         return Path(points, torch.cat(margins, 1))
 
     @cached_property

@@ -273,6 +273,16 @@ def test_a_success_on_the_way_that_no_attack_returned_is_silent():
     assert check("silent-success", runs).measured == 25.0
 
 
+def test_a_path_has_each_images_own_margins_whatever_the_batch():
+    images = linear_data(linear(), n=10)
+    runs = Runs(linear(), images.x, images.y, Ball("Linf", 0.1), 0, BUDGETS["smoke"], None, 4)
+    steps = 2 * BUDGETS["smoke"].steps
+    assert runs.path.margins.shape == (steps, 10)
+    with torch.no_grad():  # a linear model: the last margin but one is already the final one
+        expected = margin(linear()(runs.path.points), images.y)
+    torch.testing.assert_close(runs.path.margins[-1], expected, atol=1e-4, rtol=0)
+
+
 def test_the_last_steps_are_weighed_against_the_whole_rise():
     runs = planted(n=3, more_steps=1)  # the first image is broken: its path does not count
     rising, settled = torch.linspace(-1, 1, 21), torch.cat([torch.linspace(-1, 1, 11), torch.ones(10)])
