@@ -197,7 +197,7 @@ def _certify(options: argparse.Namespace) -> int:
         )
     place = device.pick_device()
     name = options.model or _USUAL[options.data][0]
-    model = models.load_weights(models.build(name), options.weights).to(place)
+    model = models.load_weights(models.build(name), options.weights).eval().to(place)
     digest = hashlib.sha256(options.weights.read_bytes()).hexdigest()
     limit = _CERTIFIED[tier] if options.images is None else options.images
     images = data.load(options.data, options.split, limit=limit, seed=options.seed, device=place)
@@ -364,7 +364,8 @@ def _architecture(options: argparse.Namespace) -> str:
 def _model(options: argparse.Namespace, weights: Path) -> nn.Module:
     from robustkit import device, models
 
-    return models.load_weights(models.build(_architecture(options)), weights).to(device.pick_device())
+    model = models.load_weights(models.build(_architecture(options)), weights)
+    return model.eval().to(device.pick_device())
 
 
 def _images(options: argparse.Namespace, tier: str) -> Dataset:

@@ -80,7 +80,7 @@ PROTOCOLS: dict[str, Mapping[str, Attack]] = {
     "fast": {
         "apgd-ce-100": partial(apgd, steps=100),
         "apgd-t-100x9": partial(apgd_targeted, steps=100, targets=9),
-        "square-1000": partial(square, queries=1000),
+        "square-2500": partial(square, queries=2500),
     },
     "standard": {f"autoattack-{part}": LIBRARY[f"autoattack-{part}"] for part in AUTOATTACK_PARTS},
 }
