@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from grading.workspace import Workspace, repository
+from grading.workspace import LAYOUTS, Workspace, repository
 from robustkit.errors import RobustkitError
 
 Command = Callable[[argparse.Namespace], int]
@@ -107,6 +107,23 @@ def _feedback(arguments: argparse.Namespace) -> int:
     feedback.write_page(read_scorecard(arguments.scorecard), arguments.out)
     _report(arguments, str(arguments.out), [f"made {arguments.out}"])
     return 0
+
+
+def _collect(arguments: argparse.Namespace) -> int:
+    from grading import intake
+    from grading.judge import find_lesson
+
+    workspace = repository()
+    if arguments.into:
+        workspace = replace(workspace, submitted=arguments.into)
+    outcomes = intake.collect(arguments.source, find_lesson(arguments.lesson), workspace)
+    counts = intake.summary(outcomes)
+    _report(
+        arguments,
+        {"summary": counts, "files": [asdict(outcome) for outcome in outcomes]},
+        [*map(str, outcomes), ", ".join(f"{count} {action}" for action, count in counts.items()) + "."],
+    )
+    return 2 if counts[intake.REFUSED] else 0
 
 
 def _grade(arguments: argparse.Namespace) -> int:
@@ -240,6 +257,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     feedback.add_argument("scorecard", type=Path)
     feedback.add_argument("-o", "--out", type=Path, required=True, metavar="PAGE")
+
+    collect = hop(
+        "collect",
+        _collect,
+        "Take the notebooks of a zip file or a folder into grading/submitted: notebooks alone, each checked and "
+        "written anew. A later hand-in takes the place of an earlier one, which is kept in earlier/ beside it.",
+        "collect hand-ins.zip --lesson 01-mnist-fgsm",
+    )
+    collect.add_argument(
+        "source", type=Path, help=f"a zip file or a folder, with {LAYOUTS}; nothing else is a hand-in"
+    )
+    collect.add_argument("--lesson", required=True)
+    collect.add_argument("--into", type=Path, metavar="FOLDER", help="default: grading/submitted")
 
     grade = hop(
         "grade", _grade, "Grade every submission, into the gradebook.", "grade --lesson 01-mnist-fgsm"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from grading import gradebook, judge, notebooks, pipeline, records
+from grading import gradebook, intake, judge, notebooks, pipeline, records
 from grading.pipeline import Settings
 from grading.score import Scorecard, read_scorecard
 from grading.workspace import Workspace, check_student
@@ -75,8 +75,10 @@ def grade_one(workspace: Workspace, lesson_id: str, student: str, settings: Sett
         check_student(student)
     except RobustkitError as error:
         return Graded(student, lesson_id, None, str(error))
+    notebook = workspace.submission(student, lesson_id)
     try:
-        submitted, _ = notebooks.read_submission(workspace.submission(student, lesson_id))
+        intake.preflight(notebook.parent)
+        submitted, _ = notebooks.read_submission(notebook)
         notebooks.restore(submitted, notebooks.read_release(workspace.release(lesson_id)))
     except RobustkitError as error:
         card = pipeline.refuse(workspace, student, lesson, settings.tier, str(error))

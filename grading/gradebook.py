@@ -86,6 +86,7 @@ def settings(workspace: Workspace, how: Settings | None = None) -> Config:
         f"{ours}.SaveJudgedGrades",
         *(f"{theirs}.{name}" for name in ("AssignLatePenalties", "CheckCellMetadata")),
     ]
+    c.Autograde.exporter_class = f"{ours}.CheckedSubmissions"
     c.GenerateFeedback.exporter_class = f"{ours}.FeedbackPage"
     c.GenerateFeedback.preprocessors = []
     c.RestoreCells.course = str(workspace.course.resolve())

@@ -32,34 +32,42 @@ def read_submission(path: Path) -> tuple[NotebookNode, str]:
     Raises: RobustkitError when it is missing, a link, too large, not JSON or not a notebook.
     """
     data = read_plain(path, MOST_BYTES)
+    return parse_submission(data, path.name), sha256(data)
+
+
+def parse_submission(data: bytes, name: str) -> NotebookNode:
+    """The notebook in the bytes of the file `name`.
+
+    Raises: RobustkitError when it is not JSON, not a notebook, or has too many cells.
+    """
     try:
         notebook = _current(json.loads(data))
         nbformat.validate(notebook)
     except RecursionError as error:
         raise RobustkitError(
-            f"{path.name} is nested too deeply; submit the notebook as Jupyter saves it."
+            f"{name} is nested too deeply; submit the notebook as Jupyter saves it."
         ) from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise RobustkitError(
-            f"{path.name} is not JSON ({error}); submit the notebook as Jupyter saves it."
+            f"{name} is not JSON ({error}); submit the notebook as Jupyter saves it."
         ) from error
     except Exception as error:  # nbformat raises many kinds; all mean the same to a learner
         reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
         raise RobustkitError(
-            f"{path.name} is not a notebook of format 4 ({reason}); save it in Jupyter and submit it again."
+            f"{name} is not a notebook of format 4 ({reason}); save it in Jupyter and submit it again."
         ) from error
     if len(notebook.cells) > MOST_CELLS:
         raise RobustkitError(
-            f"{path.name} has {len(notebook.cells)} cells, at most {MOST_CELLS} are graded; remove some."
+            f"{name} has {len(notebook.cells)} cells, at most {MOST_CELLS} are graded; remove some."
         )
-    return notebook, sha256(data)
+    return notebook
 
 
-def _current(content: Any) -> Any:
+def _current(content: Any) -> NotebookNode:
     """The notebook in format 4.5, with cell ids of ours; anything but format 4 is refused."""
     if not isinstance(content, dict) or content.get("nbformat") != 4:
         raise ValueError("nbformat is not 4")
-    notebook = nbformat.v4.to_notebook(content)
+    notebook: NotebookNode = nbformat.v4.to_notebook(content)
     notebook.nbformat_minor = 5  # the one change since 4.0 that matters here: cells have ids
     for i, cell in enumerate(notebook.cells):
         cell.id = f"cell-{i}"

@@ -13,21 +13,25 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
-from nbconvert import HTMLExporter
+from nbconvert import HTMLExporter, NotebookExporter
 from nbformat import NotebookNode
 from nbgrader.api import Gradebook
+from nbgrader.converters import Autograde
+from nbgrader.converters.base import NbGraderException
 from nbgrader.preprocessors import SaveAutoGrades
 from nbgrader.preprocessors.base import NbGraderPreprocessor
 from nbgrader.utils import is_solution, is_task
 from traitlets import Float, Unicode
+from traitlets.config import Config
 
-from grading import feedback, notebooks, pipeline
+from grading import feedback, intake, notebooks, pipeline
 from grading.gradebook import manual_marks
 from grading.judge import find_lesson
 from grading.records import read_records
 from grading.run import Limits
 from grading.score import Scorecard, score
 from grading.workspace import Workspace
+from robustkit.errors import RobustkitError
 
 Resources = Any  # nbconvert's dictionary
 CANARY_KEY = "robustkit_canary"
@@ -42,6 +46,29 @@ class ForLearners(NbGraderPreprocessor):
         for cell in nb.cells:
             cell.metadata.pop("execution", None)
         return nb, resources
+
+
+class CheckedSubmissions(NotebookExporter):
+    """Takes the submissions that `intake.preflight` refuses off the autograder's list.
+
+    nbgrader makes its exporter once it has that list, and before it copies the first folder, following links;
+    it has no other place to stop a copy: it goes on when its pre-convert hook fails.
+    """
+
+    def __init__(self, parent: Autograde, config: Config) -> None:
+        super().__init__(config=config, parent=parent)
+        refused = {}
+        for folder in parent.assignments:
+            try:
+                intake.preflight(Path(folder))
+            except RobustkitError as error:
+                refused[folder] = error
+                parent.log.error("%s is not graded: %s", folder, error)
+        parent.assignments = {
+            folder: found for folder, found in parent.assignments.items() if folder not in refused
+        }
+        if not parent.assignments:
+            raise NbGraderException("; ".join(map(str, refused.values())))
 
 
 class RestoreCells(NbGraderPreprocessor):

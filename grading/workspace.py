@@ -29,6 +29,13 @@ PRIVATE = (
     "rk-*",
 )
 
+# Where `collect` finds whose notebook it is.
+LAYOUTS = (
+    "STUDENT/LESSON/LESSON.ipynb, STUDENT/LESSON.ipynb, STUDENT.ipynb, STUDENT_..._LESSON.ipynb as Canvas and "
+    "Moodle name downloads (STUDENT is what stands before the first _), and Moodle's "
+    "STUDENT_NUMBER_assignsubmission_file/LESSON.ipynb"
+)
+
 # One thread for each kernel and judge: runs that go side by side must not fight over the cores.
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # a caller who sets it knows better
 
