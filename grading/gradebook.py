@@ -64,6 +64,7 @@ def settings(workspace: Workspace, how: Settings | None = None) -> Config:
     c.CourseDirectory.ignore = [".ipynb_checkpoints", "*.pyc", "__pycache__", ".pytest_cache", "*.py"]
     c.Exchange.root = str(workspace.private.resolve() / "exchange")
     ours = "grading.preprocessors"
+    c.ExchangeFactory.collect = f"{ours}.CheckedCollect"
     theirs = "nbgrader.preprocessors"
     c.GenerateAssignment.preprocessors = [
         f"{ours}.ForLearners",

@@ -124,6 +124,20 @@ def preflight(folder: Path) -> None:
             )
 
 
+def copy_plain(source: Path, into: Path) -> None:
+    """Copy a submission's folder that others can still write to: no link is followed, whenever it is made.
+
+    Raises: RobustkitError where `preflight` does.
+    """
+    preflight(source)
+    into.mkdir()
+    for name, found in files.walk(source, MOST_FILES):
+        if stat.S_ISDIR(found.st_mode):
+            (into / name).mkdir()
+        else:
+            (into / name).write_bytes(files.read_beneath(source, name, MOST_FOLDER_BYTES))
+
+
 def shown(name: str) -> str:
     """A stranger's file name for a terminal or a page: one short line without control characters."""
     return (name if name.isprintable() else ascii(name))[:120]

@@ -9,6 +9,7 @@ validated float is written in their place, because a notebook can print whatever
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from nbformat import NotebookNode
 from nbgrader.api import Gradebook
 from nbgrader.converters import Autograde
 from nbgrader.converters.base import NbGraderException
+from nbgrader.exchange.default import ExchangeCollect
 from nbgrader.preprocessors import SaveAutoGrades
 from nbgrader.preprocessors.base import NbGraderPreprocessor
 from nbgrader.utils import is_solution, is_task
@@ -69,6 +71,22 @@ class CheckedSubmissions(NotebookExporter):
         }
         if not parent.assignments:
             raise NbGraderException("; ".join(map(str, refused.values())))
+
+
+class CheckedCollect(ExchangeCollect):
+    """Collects from the exchange what `intake.preflight` accepts. The exchange is the learners' to write to: by a
+    link there, nbgrader would hand in somebody else's notebook, or a file of the grader's.
+    """
+
+    def do_copy(self, src: str, dest: str, log: object = None) -> None:
+        with tempfile.TemporaryDirectory() as aside:
+            copy = Path(aside, "submission")
+            try:
+                intake.copy_plain(Path(src), copy)
+            except RobustkitError as error:
+                self.log.error("%s is not collected: %s", src, error)
+                return
+            super().do_copy(str(copy), dest, log)
 
 
 class RestoreCells(NbGraderPreprocessor):

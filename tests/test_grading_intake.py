@@ -6,10 +6,9 @@ import os
 import socket
 import stat
 import struct
-import subprocess
-import sys
 import time
 import zipfile
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -25,7 +24,6 @@ from grading.__main__ import main
 from grading.pipeline import Settings
 from grading.run import Limits
 from grading.score import read_scorecard
-from grading.workspace import ROOT
 from robustkit.errors import RobustkitError
 from robustkit.lessons import LESSONS
 from tests.fixtures import small_course as small
@@ -579,10 +577,11 @@ def right(course):
     return nbformat.writes(small.filled(release, small.SOLUTIONS)).encode()
 
 
-def arrived(course):
-    """Where the secret lies besides where it belongs."""
-    copies = [path for path in course.private.rglob("*") if path.is_file() and path.read_bytes() == SECRET]
-    return sorted(str(path.relative_to(course.private)) for path in copies if path.name != "answers")
+def arrived(workspace, folder):
+    """Where in `folder` the secret lies besides where it belongs."""
+    secret = hashlib.sha256(SECRET).hexdigest()
+    home = workspace.private / "answers"
+    return [name for name, digest in everything(folder).items() if digest == secret and folder / name != home]
 
 
 nbgraders_rows = pytest.mark.filterwarnings(
@@ -591,9 +590,50 @@ nbgraders_rows = pytest.mark.filterwarnings(
 
 
 @pytest.mark.slow
+def test_link_in_the_exchange_is_not_collected(course, tmp_path):
+    """With nbgrader's own collector mallory hands in what ada did; with ours she hands in nothing."""
+    workspace = replace(course, submitted=tmp_path / "submitted")
+    when = "2026-11-02 09:30:00 UTC"
+    inbound = workspace.private / "exchange" / gradebook.COURSE_ID / "inbound"
+    for student in ("ada", "mallory", "eve"):
+        contents = {f"{L}.ipynb": notebook(student), "timestamp.txt": when.encode(), "data/notes.txt": b"x"}
+        lay_out(inbound / f"{student}+{L}+{when}+r4nd0m", contents)
+    ada, mallory, eve = (inbound / f"{student}+{L}+{when}+r4nd0m" for student in ("ada", "mallory", "eve"))
+    (mallory / f"{L}.ipynb").unlink()
+    (mallory / f"{L}.ipynb").symlink_to(ada / f"{L}.ipynb")
+    (eve / "data" / "answers.txt").symlink_to(workspace.private / "answers")
+
+    config = gradebook.settings(workspace)
+    result = NbGraderAPI(config=config).collect(L)
+    assert result["success"], result
+    assert grade.students(workspace, L) == ["ada"]
+    assert everything(workspace.submitted / "ada" / L) == everything(ada)
+    assert handed_in(workspace, "ada") == datetime(*MONDAY)
+    assert result["log"].count("is not collected: the submission holds") == 2
+
+    del config.ExchangeFactory.collect
+    assert NbGraderAPI(config=config).collect(L)["success"]
+    assert workspace.submission("mallory", L).read_bytes() == notebook("ada")
+    assert arrived(workspace, workspace.submitted) == [f"eve/{L}/data/answers.txt"]
+
+
+def test_exchange_link_made_after_the_check_is_not_followed(tmp_path, monkeypatch):
+    folder = lay_out(tmp_path / "bob" / L, {f"{L}.ipynb": notebook("bob")})
+    (tmp_path / "secret").write_bytes(SECRET)
+
+    def too_soon(checked):
+        (checked / f"{L}.ipynb").unlink()
+        (checked / f"{L}.ipynb").symlink_to(tmp_path / "secret")
+
+    monkeypatch.setattr(intake, "preflight", too_soon)
+    with pytest.raises(RobustkitError, match="cannot be opened"):
+        intake.copy_plain(folder, tmp_path / "copy")
+
+
+@pytest.mark.slow
 @nbgraders_rows
 def test_nbgrader_follows_links_and_ours_does_not_let_it(course, tmp_path):
-    """nbgrader's own command over a whole class: with its own exporter the secret arrives, with ours never."""
+    """nbgrader's autograder over a whole class: with its own exporter the secret arrives, with ours never."""
     source = pack(tmp_path / "class.zip", [(entry("ada.ipynb", TUESDAY), right(course))])
     collect(source, course)
     for student in ("mallory", "eve"):
@@ -602,29 +642,16 @@ def test_nbgrader_follows_links_and_ours_does_not_let_it(course, tmp_path):
     (course.submitted / "eve" / L / f"{L}.ipynb").unlink()
     (course.submitted / "eve" / L / f"{L}.ipynb").symlink_to(course.submission("ada", L))
 
-    folders = [course.solutions, course.course, course.submitted, course.private]
-    (tmp_path / "nbgrader_config.py").write_text(
-        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n"
-        "from pathlib import Path\nfrom grading.gradebook import settings\nfrom grading.workspace import Workspace\n"
-        f"c = get_config()\nc.merge(settings(Workspace(*map(Path, {list(map(str, folders))!r}))))\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-m", "nbgrader", "autograde", L],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONWARNINGS": "ignore"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert "holds notes.txt, a link" in done.stderr
-    assert arrived(course) == []
+    settings = Settings(limits=Limits(cell=60, notebook=120))
+    whole_class = NbGraderAPI(config=gradebook.settings(course, settings)).autograde(L, "*")
+    assert "holds notes.txt, a link" in whole_class["log"]
+    assert arrived(course, course.private) == []
     assert sorted(path.name for path in course.autograded.iterdir()) == ["ada"]
     with Gradebook(f"sqlite:///{course.gradebook}", gradebook.COURSE_ID) as book:
         submission = book.find_submission(L, "ada")
         assert submission.score == 7
         assert submission.timestamp == datetime(*TUESDAY).astimezone(UTC).replace(tzinfo=None)
 
-    settings = Settings(limits=Limits(cell=60, notebook=120))
     for student in ("mallory", "eve"):
         outcome = grade.grade_one(course, L, student, settings)
         assert outcome.card.points == 0
@@ -632,11 +659,11 @@ def test_nbgrader_follows_links_and_ours_does_not_let_it(course, tmp_path):
         assert "a link" in read_scorecard(course.hop(student, L) / "scorecard.json").refused
         with pytest.raises(RobustkitError, match="a link; hand in plain files alone"):
             gradebook.autograde(course, L, student, settings)
-    assert arrived(course) == []
+    assert arrived(course, course.private) == []
 
     # The same without our exporter: if nbgrader should stop following links, this test says so.
     config = gradebook.settings(course, settings)
     del config.Autograde.exporter_class
     config.Autograde.autograde_preprocessors = []  # the copy is all that matters here
     assert NbGraderAPI(config=config).autograde(L, "mallory", force=True, create=True)["success"]
-    assert arrived(course) == [f"autograded/mallory/{L}/notes.txt"]
+    assert arrived(course, course.private) == [f"autograded/mallory/{L}/notes.txt"]
