@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
+import statistics
 from dataclasses import dataclass
 from typing import Any
 
@@ -411,3 +413,201 @@ def alarms_as_tuple(clean, fgsm, pgd):
 def alarms_by_ratio(clean, fgsm, pgd):
     found = {"LABEL_LEAKING"} if fgsm - clean >= 0.01 else set()
     return found | {"MASKED_GRADIENTS"} if pgd < fgsm / 2 and fgsm > 0.5 else found
+
+
+# --- smoothing ---------------------------------------------------------------------------------------
+
+
+@right("votes")
+def votes_in_batches(model, x, n, sigma, num_classes, generator):
+    counts = torch.zeros(num_classes, dtype=torch.long)
+    with eval_mode(model), torch.no_grad():
+        for start in range(0, n, 512):
+            noise = torch.randn((min(512, n - start), *x.shape), generator=generator)
+            labels = model(x[None] + sigma * noise).argmax(1)
+            counts += torch.bincount(labels, minlength=num_classes)
+    return counts
+
+
+@right("votes")
+def votes_by_one_hot(model, x, n, sigma, num_classes, generator):
+    batch = x.repeat(n, 1, 1, 1)
+    with eval_mode(model), torch.inference_mode():
+        logits = model(torch.normal(batch, sigma, generator=generator))
+    return F.one_hot(logits.argmax(1), num_classes).sum(0).tolist()
+
+
+@right("votes")
+def votes_from_numpy_noise(model, x, n, sigma, num_classes, generator):
+    random = np.random.default_rng(generator.initial_seed())
+    noise = random.normal(0, sigma, (n, *x.shape)).astype(np.float32)
+    with eval_mode(model):
+        labels = model(x + torch.from_numpy(noise)).argmax(1).numpy()
+    return np.array([(labels == label).sum() for label in range(num_classes)])
+
+
+@right("lower_bound")
+def lower_bound_of_scipy(k, n, alpha):
+    return stats.binomtest(k, n, alternative="greater").proportion_ci(1 - alpha, method="exact").low
+
+
+@right("lower_bound")
+def lower_bound_from_beta(k, n, alpha):
+    return torch.tensor(0.0 if k == 0 else stats.beta.ppf(alpha, k, n - k + 1), dtype=torch.float64)
+
+
+@right("lower_bound")
+def lower_bound_by_bisection(k, n, alpha):
+    """The share at which k or more successes have probability alpha."""
+    low, high = 0.0, k / n
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if stats.binom.sf(k - 1, n, middle) < alpha else (low, middle)
+    return low
+
+
+@right("certified_radius")
+def radius_of_scipy(p_lower, sigma):
+    radius = sigma * stats.norm.ppf(p_lower)
+    return radius if radius > 0 else None
+
+
+@right("certified_radius")
+def radius_of_torch(p_lower, sigma):
+    if p_lower <= 0.5:
+        return None
+    return torch.distributions.Normal(0.0, sigma).icdf(torch.tensor(p_lower))
+
+
+@right("certified_radius")
+def radius_of_both_classes(p_lower, sigma):
+    normal = statistics.NormalDist()
+    gap = normal.inv_cdf(p_lower) - normal.inv_cdf(1 - p_lower)
+    return sigma / 2 * gap if gap > 0 else None
+
+
+@right("certify")
+def certify_with_scipy(counts0, counts, sigma, alpha):
+    label = counts0.argmax().item()
+    k, n = counts[label].item(), counts.sum().item()
+    return (label, sigma * stats.norm.ppf(p)) if (p := lower_bound_of_scipy(k, n, alpha)) > 0.5 else None
+
+
+@right("certify")
+def certify_with_tensors(counts0, counts, sigma, alpha):
+    label = torch.argmax(counts0)
+    radius = radius_of_torch(
+        lower_bound_from_beta(int(counts[label]), int(counts.sum()), alpha).item(), sigma
+    )
+    return None if radius is None else [label, radius]
+
+
+@right("certify")
+def certify_when_both_samples_agree(counts0, counts, sigma, alpha):
+    """A class that holds a majority of the second sample is its most frequent."""
+    label = int(np.argmax(counts0.numpy()))
+    if label != int(np.argmax(counts.numpy())):
+        return None
+    p = lower_bound_by_bisection(int(counts[label]), int(counts.numpy().sum()), alpha)
+    return (np.int64(label), radius_of_both_classes(p, sigma)) if p > 0.5 else None
+
+
+@right("certified_accuracy")
+def certified_accuracy_in_a_loop(certificates, y, r):
+    hits = 0
+    for certificate, label in zip(certificates, y, strict=True):
+        if certificate is not None and certificate[0] == label and certificate[1] >= r:
+            hits += 1
+    return hits / len(certificates)
+
+
+@right("certified_accuracy")
+def certified_accuracy_in_numpy(certificates, y, r):
+    rows = np.array([(-1, -1.0) if c is None else c for c in certificates])
+    return ((rows[:, 0] == y.numpy()) & (rows[:, 1] >= r)).mean()
+
+
+@right("certified_accuracy")
+def certified_accuracy_in_torch(certificates, y, r):
+    labels = torch.tensor([-1 if c is None else c[0] for c in certificates])
+    radii = torch.tensor([-torch.inf if c is None else c[1] for c in certificates])
+    return (labels.eq(y) & radii.ge(r)).double().mean()
+
+
+# --- interval bounds ---------------------------------------------------------------------------------
+
+
+@right("interval_linear")
+def interval_by_centre_and_radius(weight, bias, lower, upper):
+    centre, radius = (lower + upper) / 2, (upper - lower) / 2
+    middle, spread = F.linear(centre, weight, bias), F.linear(radius, weight.abs())
+    return middle - spread, middle + spread
+
+
+@right("interval_linear")
+def interval_by_signs(weight, bias, lower, upper):
+    positive, negative = weight.clamp(min=0), weight.clamp(max=0)
+    return (
+        lower @ positive.T + upper @ negative.T + bias,
+        upper @ positive.T + lower @ negative.T + bias,
+    )
+
+
+@right("interval_linear")
+def interval_term_by_term(weight, bias, lower, upper):
+    a = weight.numpy()[None] * lower.numpy()[:, None]
+    b = weight.numpy()[None] * upper.numpy()[:, None]
+    return np.minimum(a, b).sum(2) + bias.numpy(), np.maximum(a, b).sum(2) + bias.numpy()
+
+
+def _affine(layer, x, weight, bias):
+    if isinstance(layer, torch.nn.Conv2d):
+        return F.conv2d(x, weight, bias, layer.stride, layer.padding)
+    return F.linear(x, weight, bias)
+
+
+@right("ibp")
+def ibp_by_centre_and_radius(model, x, eps):
+    lower, upper = (x - eps).clamp(min=0), (x + eps).clamp(max=1)
+    for layer in model:
+        if hasattr(layer, "weight"):
+            middle = layer((lower + upper) / 2)
+            spread = _affine(layer, (upper - lower) / 2, layer.weight.abs(), None)
+            lower, upper = middle - spread, middle + spread
+        else:
+            lower, upper = layer(lower), layer(upper)
+    return lower, upper
+
+
+@right("ibp")
+def ibp_by_signs(model, x, eps):
+    lower, upper = (x - eps).clamp(0, 1), (x + eps).clamp(0, 1)
+    with torch.no_grad():
+        for layer in model.children():
+            if not isinstance(layer, torch.nn.Conv2d | torch.nn.Linear):
+                lower, upper = layer(lower), layer(upper)
+                continue
+            positive, negative = F.relu(layer.weight), -F.relu(-layer.weight)
+            lower, upper = (
+                _affine(layer, lower, positive, layer.bias) + _affine(layer, upper, negative, None),
+                _affine(layer, upper, positive, layer.bias) + _affine(layer, lower, negative, None),
+            )
+    return lower.numpy(), upper.numpy()
+
+
+@right("ibp")
+def ibp_through_matrices(model, x, eps):
+    """Each affine layer as the matrix of its derivative, in float64 numpy."""
+    sides = [np.clip(x.double().numpy() + shift, 0, 1) for shift in (-eps, eps)]
+    for layer in copy.deepcopy(model).double():
+        if hasattr(layer, "weight"):
+            zero = torch.zeros(sides[0][:1].shape, dtype=torch.float64)
+            at_zero = layer(zero)[0].detach().numpy()
+            matrix = torch.autograd.functional.jacobian(layer, zero).reshape(at_zero.size, -1).numpy()
+            lower, upper = (side.reshape(len(side), -1) for side in sides)
+            low = lower @ np.maximum(matrix, 0).T + upper @ np.minimum(matrix, 0).T
+            high = upper @ np.maximum(matrix, 0).T + lower @ np.minimum(matrix, 0).T
+            sides = [side.reshape(len(x), *at_zero.shape) + at_zero for side in (low, high)]
+        else:
+            sides = [layer(torch.from_numpy(side)).numpy() for side in sides]
+    return sides

@@ -325,7 +325,7 @@ def test_judging_changes_nothing_and_says_the_same_again(name, clean_model):
         assert torch.equal(random_state, torch.random.get_rng_state())
 
 
-@pytest.mark.parametrize("name", ["fgsm", "rs_fgsm", "pgd"])
+@pytest.mark.parametrize("name", ["fgsm", "rs_fgsm", "pgd", "votes", "ibp"])
 def test_observing_leaves_the_learners_random_state_alone(name, clean_model):
     random_state = torch.random.get_rng_state()
     examine(CONTRACTS[name], subject_of(name, clean_model), 0)
@@ -426,7 +426,7 @@ def test_an_error_report_earns_nothing_whatever_it_says(error):
 
 @pytest.mark.parametrize("forged", [{}, "", None, ["NO_SUCH_CODE"], [["INPUT_MODIFIED"]], 0])
 def test_a_forged_list_of_side_effects_earns_nothing(forged, clean_model):
-    for name in ("fgsm", "rs_fgsm", "pgd"):
+    for name in ("fgsm", "rs_fgsm", "pgd", "votes"):
         case = CONTRACTS[name].draw(0)
         evidence = observe_safely(CONTRACTS[name], subject_of(name, clean_model), case)
         nothing_earned(name, case, evidence | {"left": text(forged)})

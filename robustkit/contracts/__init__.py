@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from robustkit.contracts import attacks, measures, models
+from robustkit.contracts import attacks, certify, measures, models
 from robustkit.contracts.base import Arrays, Contract, Finding, examine, judge_safely, observe_safely
 from robustkit.contracts.oracle import LinearOracle
 
@@ -21,6 +21,13 @@ CONTRACTS: dict[str, Contract] = {
     "curve": measures.CURVE,
     "robust_model": models.ROBUST_MODEL,
     "statement": measures.STATEMENT,
+    "votes": certify.VOTES,
+    "lower_bound": certify.LOWER_BOUND,
+    "certified_radius": certify.CERTIFIED_RADIUS,
+    "certify": certify.CERTIFY,
+    "certified_accuracy": certify.CERTIFIED_ACCURACY,
+    "interval_linear": certify.INTERVAL_LINEAR,
+    "ibp": certify.IBP,
 }
 
 __all__ = [

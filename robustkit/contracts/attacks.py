@@ -44,7 +44,7 @@ def _candidates(call: Call, case: Arrays, batch: str = "", model: LinearOracle |
     return result.detach().numpy()
 
 
-def _side_effects(call: Call, case: Arrays) -> list[str]:
+def side_effects(call: Call, case: Arrays) -> list[str]:
     """Everything that calls leave behind: once amid training, with gradients collected, once at rest."""
     return [code for training in (True, False) for code in _side_effects_in(call, case, training)]
 
@@ -87,7 +87,7 @@ def _observe_fgsm(attack: Any, case: Arrays) -> Arrays:
     return {
         "candidate": _candidates(call, case),
         "corner": _candidates(call, case, "corner_"),
-        "left": text(_side_effects(call, case)),
+        "left": text(side_effects(call, case)),
     }
 
 
@@ -102,7 +102,7 @@ def _observe_rs_fgsm(attack: Any, case: Arrays) -> Arrays:
         "start": _candidates(seeded_call(1), case, model=flat_oracle(case)),
         "same_seed": _candidates(seeded_call(1), case),
         "other_start": _candidates(seeded_call(2), case, model=flat_oracle(case)),
-        "left": text(_side_effects(seeded_call(1), case)),
+        "left": text(side_effects(seeded_call(1), case)),
     }
 
 
@@ -121,7 +121,7 @@ def _observe_pgd(attack: Any, case: Arrays) -> Arrays:
         "short": _candidates(short, case),
         "same_seed": _candidates(short, case),
         "other_start": _candidates(call(2, SHORT_STEPS, SHORT_STEP), case, model=flat_oracle(case)),
-        "left": text(_side_effects(short, case)),
+        "left": text(side_effects(short, case)),
     }
 
 
@@ -211,7 +211,7 @@ HINTS = {
 }
 
 
-def _hygiene(evidence: Arrays) -> list[Finding]:
+def hygiene(evidence: Arrays) -> list[Finding]:
     left = untext(evidence["left"])
     if not isinstance(left, list):
         raise TypeError("side effects are a list of codes")
@@ -333,7 +333,7 @@ _LOSS = ("loss", "gradient", "modes")
 def _judge_fgsm(case: Arrays, evidence: Arrays) -> list[Finding]:
     if reason := _unusable(case, evidence, _FGSM_RECORDS):
         return [Finding(criterion, *reason) for criterion in _FGSM]
-    found = _inside(case, evidence, _FGSM_RECORDS) + _hygiene(evidence)
+    found = _inside(case, evidence, _FGSM_RECORDS) + hygiene(evidence)
     if reason := _direction(case, evidence["candidate"]):
         found.append(Finding("closed_form", *reason))
     return found
@@ -343,7 +343,7 @@ def _judge_rs_fgsm(case: Arrays, evidence: Arrays) -> list[Finding]:
     if reason := _unusable(case, evidence, _RS_FGSM_RECORDS):
         return [Finding(criterion, *reason) for criterion in _RS_FGSM]
     start = _start(case, evidence)
-    found = _inside(case, evidence, _RS_FGSM_RECORDS) + _hygiene(evidence) + start
+    found = _inside(case, evidence, _RS_FGSM_RECORDS) + hygiene(evidence) + start
     if not _reproducible(evidence, "candidate"):
         found.append(Finding("hygiene", "SEED_IGNORED", HINTS["SEED_IGNORED"]))
     reason = _travel(case, evidence, "candidate", RS_STEP)
@@ -360,7 +360,7 @@ def _judge_rs_fgsm(case: Arrays, evidence: Arrays) -> list[Finding]:
 def _judge_pgd(case: Arrays, evidence: Arrays) -> list[Finding]:
     if reason := _unusable(case, evidence, _PGD_RECORDS):
         return [Finding(criterion, *reason) for criterion in _PGD]
-    found = _inside(case, evidence, _PGD_RECORDS) + _hygiene(evidence) + _start(case, evidence)
+    found = _inside(case, evidence, _PGD_RECORDS) + hygiene(evidence) + _start(case, evidence)
     if not _reproducible(evidence, "short"):
         found.append(Finding("hygiene", "SEED_IGNORED", HINTS["SEED_IGNORED"]))
     if reason := _direction(case, evidence["candidate"]):

@@ -38,6 +38,12 @@ class Contract:
     judge: Callable[[Arrays, Arrays], list[Finding]]
 
 
+def numbers(value: Any) -> Array:
+    """A tensor, array, list or number as float64."""
+    detach = getattr(value, "detach", None)  # torch's: this module needs no torch
+    return np.asarray(value if detach is None else detach().numpy(), dtype=np.float64)
+
+
 def text(value: object) -> Array:
     """JSON as bytes in an array: words can then travel beside numbers without pickles."""
     plain = json.dumps(value, default=lambda other: other.tolist())  # numpy's and torch's numbers

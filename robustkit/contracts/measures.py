@@ -9,20 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from robustkit.contracts.base import Array, Arrays, Contract, Finding, text, untext
+from robustkit.contracts.base import Arrays, Contract, Finding, numbers, text, untext
 from robustkit.contracts.oracle import draw_linear, oracle, z
 from robustkit.device import seeded
 from robustkit.results import Interval
 from robustkit.threat import GOALS, KNOWLEDGE
 
 EPSILONS = (0.0, 0.03, 0.06, 0.1)
-
-
-def _numbers(value: Any) -> Array:
-    """A tensor, array, list or number as float64."""
-    if isinstance(value, torch.Tensor):
-        value = value.detach().numpy()
-    return np.asarray(value, dtype=np.float64)
 
 
 # --- distance -------------------------------------------------------------------------------------
@@ -36,7 +29,7 @@ def _draw_pairs(seed: int) -> Arrays:
 
 def _observe_distance(distance: Any, case: Arrays) -> Arrays:
     x, other = torch.from_numpy(case["x"].copy()), torch.from_numpy(case["z"].copy())
-    return {norm: _numbers(distance(x, other, norm)) for norm in ("Linf", "L2")}
+    return {norm: numbers(distance(x, other, norm)) for norm in ("Linf", "L2")}
 
 
 def _judge_distance(case: Arrays, evidence: Arrays) -> list[Finding]:
@@ -74,7 +67,7 @@ def _observe_projection(project: Any, case: Arrays) -> Arrays:
     seen: Arrays = {}
     for name in ("near", "far"):
         x, candidate = torch.from_numpy(case["x"].copy()), torch.from_numpy(case[name].copy())
-        seen[name] = _numbers(project(x, candidate, float(case["eps"])))
+        seen[name] = numbers(project(x, candidate, float(case["eps"])))
         kept = np.array_equal(candidate.numpy(), case[name]) and np.array_equal(x.numpy(), case["x"])
         seen[f"{name}_kept"] = np.bool_(kept)
     return seen
@@ -140,7 +133,7 @@ def _observe_outcomes(robust_accuracy: Any, case: Arrays) -> Arrays:
     result = robust_accuracy(
         torch.from_numpy(case["correct"].copy()), torch.from_numpy(case["fooled"].copy())
     )
-    return {"result": _numbers(result)}
+    return {"result": numbers(result)}
 
 
 def _judge_outcomes(case: Arrays, evidence: Arrays) -> list[Finding]:
@@ -187,8 +180,8 @@ def _draw_counts(seed: int) -> Arrays:
 def _observe_interval(interval: Any, case: Arrays) -> Arrays:
     pairs = [(int(k), int(n)) for k, n in zip(case["k"], case["n"], strict=True)]
     return {
-        "inner": np.stack([_numbers(tuple(interval(k, n))) for k, n in pairs]),
-        "edges": np.stack([_numbers(tuple(interval(0, 50))), _numbers(tuple(interval(50, 50)))]),
+        "inner": np.stack([numbers(tuple(interval(k, n))) for k, n in pairs]),
+        "edges": np.stack([numbers(tuple(interval(0, 50))), numbers(tuple(interval(50, 50)))]),
     }
 
 
@@ -234,7 +227,7 @@ def _curve_attack(model: Any, x: torch.Tensor, y: torch.Tensor, eps: float) -> t
 def _observe_curve(curve: Any, case: Arrays) -> Arrays:
     model = oracle(case).eval()
     x, y = torch.from_numpy(case["x"].copy()), torch.from_numpy(case["y"].copy())
-    return {"counts": _numbers(list(curve(model, x, y, list(EPSILONS), _curve_attack)))}
+    return {"counts": numbers(list(curve(model, x, y, list(EPSILONS), _curve_attack)))}
 
 
 def _judge_curve(case: Arrays, evidence: Arrays) -> list[Finding]:
