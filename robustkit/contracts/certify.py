@@ -94,7 +94,7 @@ def _judge_votes(case: Arrays, evidence: Arrays) -> list[Finding]:
     """Findings; those that chance decides strike a right program with a probability below 1e-7.
 
     A share six standard errors off: below 1e-8 for each image. The same count from five seeds: a single
-    count has probability below 0.014, four coincidences below 4e-8.
+    count has probability below 0.016, four coincidences below 7e-8.
     """
     names = ("inner", "edge", "sure", "same_seed")
     for name in names:
