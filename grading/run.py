@@ -49,7 +49,7 @@ _log.addHandler(logging.NullHandler())  # what nbclient reports is in the Run; a
 # What a learner's kernel may know of the grader's environment.
 _PASSED_ON = (
     *("PATH", "LANG", "LC_ALL", "TZ", "OMP_NUM_THREADS", "GOMP_SPINCOUNT", "CUDA_VISIBLE_DEVICES"),
-    *("ROBUSTKIT_DATA", "ROBUSTKIT_OFFLINE"),
+    "ROBUSTKIT_OFFLINE",
 )
 _SHOWN = ("text/plain", "image/png", "image/jpeg")  # output types that cannot act in a marker's browser
 _TIMED_OUT = {
@@ -100,7 +100,7 @@ def kernel_in(tier: str, limits: Limits) -> KernelFactory:
     return (
         plain_kernel
         if chosen == sandbox.UNCONFINED
-        else sandbox.confined(chosen, seconds=limits.notebook + 60)
+        else sandbox.confined(chosen, seconds=limits.notebook + 60, readable=tuple(_data_places().values()))
     )
 
 
@@ -241,18 +241,29 @@ def _collect(session: _Session, exercise: Exercise, case: Arrays, into: Path) ->
     return Collected(exercise.id, COLLECTED, records.sha256(data), "")
 
 
+def _data_places() -> dict[str, str]:
+    """Where a kernel finds data, by the real paths, which are those that a sandbox lets it see; a URL stays one."""
+    places = {
+        "ROBUSTKIT_CACHE": os.environ.get("ROBUSTKIT_CACHE")
+        or str(Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "robustkit")
+    }
+    if os.environ.get("ROBUSTKIT_DATA"):
+        places["ROBUSTKIT_DATA"] = os.environ["ROBUSTKIT_DATA"]
+    return {
+        name: place if "://" in place else str(Path(place).expanduser().resolve())
+        for name, place in places.items()
+    }
+
+
 def _environment(work: Path, tier: str) -> dict[str, str]:
     """The kernel's environment: made from nothing, with the private folder as its home."""
     kept = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
-    cache = (
-        os.environ.get("ROBUSTKIT_CACHE")
-        or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "robustkit"
-    )
     # One thread each, unless told otherwise: torch's threads spin while they wait, and notebooks that
     # run side by side with as many threads as cores then take many times as long.
     return (
         ONE_THREAD
         | kept
+        | _data_places()
         | {
             "HOME": str(work),
             "USER": "student",
@@ -260,7 +271,6 @@ def _environment(work: Path, tier: str) -> dict[str, str]:
             "IPYTHONDIR": str(work / ".ipython"),
             "JUPYTER_CONFIG_DIR": str(work / ".jupyter"),
             "MPLCONFIGDIR": str(work / ".matplotlib"),
-            "ROBUSTKIT_CACHE": str(Path(cache).expanduser().absolute()),
             "ROBUSTKIT_TIER": tier,
             "NBGRADER_EXECUTION": "autograde",
             # A numpy.py beside the notebook must not shadow the library.

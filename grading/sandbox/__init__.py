@@ -7,11 +7,10 @@ cgroups.py        control groups
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -82,31 +81,27 @@ def confined(
     tier: str,
     *,
     seconds: float,
+    readable: Sequence[str] = (),
     memory: int = 4 * 2**30,
     processes: int = 128,
     disk: int = 256 * 2**20,
 ) -> Callable[[Path], AsyncKernelManager]:
     """A kernel factory for `grading.run`: kernels of this Python in the sandbox `tier`.
 
-    Data may be read where ROBUSTKIT_DATA and ROBUSTKIT_CACHE point. Left-over control groups of graders
-    that were killed are removed first.
+    `readable` are folders of data that it may read. Left-over control groups of graders that were killed
+    are removed first.
     """
     cgroups.sweep()
     KernelProvisionerFactory.instance().provisioners[_NAME] = EntryPoint(
         _NAME, "grading.sandbox.provisioner:SandboxProvisioner", "jupyter_client.kernel_provisioners"
     )
-    readable = [
-        str(Path(os.environ[name]).expanduser().resolve())
-        for name in ("ROBUSTKIT_DATA", "ROBUSTKIT_CACHE")
-        if os.environ.get(name)
-    ]
     settings = {
         "tier": tier,
         "memory": memory,
         "processes": processes,
         "seconds": float(seconds),
         "disk": disk,
-        "readable": readable,
+        "readable": list(readable),
         "exchange_in": EXCHANGE_IN,
         "exchange_out": EXCHANGE_OUT,
     }

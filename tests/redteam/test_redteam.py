@@ -264,3 +264,17 @@ def test_an_unknown_or_missing_sandbox_is_refused_in_one_sentence(monkeypatch):
         with pytest.raises(RobustkitError, match=r"install bubblewrap .* or, .* say --sandbox none\."):
             sandbox.choose(wanted)
     assert sandbox.choose("none") == "none"
+
+
+@pytest.mark.skipif(not tiers(), reason="no sandbox works on this machine")
+@pytest.mark.parametrize("tier", tiers())
+def test_data_may_be_read_also_behind_a_link(course, tier, tmp_path, monkeypatch):
+    real = tmp_path / "real"
+    real.mkdir()
+    (real / "images").write_text("the images")
+    (tmp_path / "link").symlink_to(real)
+    monkeypatch.setenv("ROBUSTKIT_DATA", str(tmp_path / "link"))
+    reads = "import os\nprint(open(os.environ['ROBUSTKIT_DATA'] + '/images').read())"
+    reader = Hostile("reads_data", "nothing", {**small.SOLUTIONS, "s0_distance": reads})
+    _, printed, _ = submit(course, reader, tier, tmp_path, monkeypatch)
+    assert "the images" in printed
