@@ -61,7 +61,7 @@ PLAN = [
     ("resnet20", "Linf", 1, 8, 64),
 ]
 QUICK = [("mnist", "Linf", 4, 2, 64), ("resnet20", "Linf", 4, 2, 32)]
-STANDARD = ("mnist", 2, 250)  # AutoAttack: subject, rounds, images a round
+STANDARD = ("mnist", 2, 100)  # AutoAttack: subject, rounds, images a round
 
 
 def versions() -> dict[str, str]:
