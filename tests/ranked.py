@@ -48,7 +48,10 @@ class Failing:
 
 @dataclass(frozen=True)
 class Watched:
-    """PGD that takes its time, and leaves a file when it begins with a batch and another when it is done."""
+    """PGD that takes its time, and leaves a file when it begins with a batch and another when it is done.
+
+    A process for which there is a file `hold-PID` stays in its batch for as long.
+    """
 
     folder: Path
 
@@ -56,6 +59,8 @@ class Watched:
         name = f"{os.getpid()}-{int(x.sum() * 1e6)}"
         (self.folder / f"{name}-begun").touch()
         time.sleep(0.15)
+        while (self.folder / f"hold-{os.getpid()}").exists():
+            time.sleep(0.01)
         candidates = pgd(model, x, y, ball, steps=3, generator=generator)
         (self.folder / f"{name}-done").touch()
         return candidates

@@ -631,8 +631,8 @@ def test_passes_are_those_of_the_definitions():
     assert doctor.passes_of_defence("clean") == pytest.approx(both)
     assert doctor.passes_of_defence("fgsm-at") == pytest.approx(2 * both)
     assert doctor.passes_of_defence("rs-fgsm-at") == pytest.approx(2 * both)
-    # PGD-AT: a gradient for each of its five steps, a look at the end point, the update.
-    assert doctor.passes_of_defence("pgd-at") == pytest.approx(5 * both + forward + both)
+    # PGD-AT: a gradient for each of its five steps, and the update.
+    assert doctor.passes_of_defence("pgd-at") == pytest.approx(5 * both + both)
     assert doctor.passes_of_attack("fgsm") == pytest.approx(both)
     assert doctor.passes_of_attack("pgd-100x10") == pytest.approx(10 * (100 * both + forward))
 
@@ -649,9 +649,7 @@ def test_expected_minutes_follow_the_recipes(monkeypatch):
         3 * schedule["smoke"].epochs * limit * 2 / 1e6
     )
     assert doctor.lesson_cost("one", "standard", 1_437).million_passes < standard.million_passes / 40
-    assert doctor.lesson_cost("two", "full", 60_000).million_passes == pytest.approx(
-        500 * 0.5 * (10 + doctor.FORWARD) / 1e6
-    )
+    assert doctor.lesson_cost("two", "full", 60_000).million_passes == pytest.approx(500 * 0.5 * 10 / 1e6)
     assert doctor.Cost(0.6, 30.0).minutes(10_000) == pytest.approx(1.5)
 
 

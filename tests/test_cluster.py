@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -111,18 +110,15 @@ def failing(model, x, y, ball, *, generator=None):
     raise RobustkitError("this batch is a bad one; leave it out.")
 
 
-def kill_at_work(worker: subprocess.Popen[bytes], folder: Path) -> None:
-    """SIGKILL, at a moment when the worker has begun with a batch and is not done."""
-    while True:
-        worker.send_signal(signal.SIGSTOP)  # so that it cannot finish between the look and the kill
-        time.sleep(0.02)
-        begun, done = (len([*folder.glob(f"{worker.pid}-*-{event}")]) for event in ("begun", "done"))
-        if begun > done:
-            break
-        worker.send_signal(signal.SIGCONT)
+def kill_at_work(worker: subprocess.Popen[bytes], hold: Path) -> None:
+    """SIGKILL while `hold` keeps the worker in a batch."""
+    until = time.monotonic() + SECONDS
+    while not [*hold.parent.glob(f"{worker.pid}-*-begun")]:
+        assert time.monotonic() < until, "the worker was given no batch"
         time.sleep(0.02)
     worker.kill()
     worker.wait()
+    hold.unlink()
 
 
 @pytest.mark.slow
@@ -136,11 +132,15 @@ def test_workers_evaluate_to_what_one_process_does_although_one_is_killed(dask, 
             measured(failing, cluster.workers(client))
 
         run, victim = cluster.workers(client), dask.processes[1]
+        hold = tmp_path / f"hold-{victim.pid}"
 
         def killing(work, jobs):
+            last = jobs[0].attack == "last"
+            if last:
+                hold.touch()
             for count, pair in enumerate(run(work, jobs)):
-                if jobs[0].attack == "last" and count == 1:
-                    kill_at_work(victim, tmp_path)
+                if last and count == 1:
+                    kill_at_work(victim, hold)
                 yield pair
 
         found = measured(Watched(tmp_path), killing)
