@@ -54,14 +54,14 @@ from robustkit.threat import Ball
 
 # Subject, norm, steps, rounds, images a round: what fits into ten minutes on two cores.
 PLAN = [
-    ("mnist", "Linf", 40, 8, 256),
-    ("mnist", "L2", 40, 4, 256),
-    ("mnist", "Linf", 1, 20, 256),
-    ("resnet20", "Linf", 40, 4, 32),
-    ("resnet20", "Linf", 1, 8, 64),
+    ("mnist", "Linf", 40, 5, 256),
+    ("mnist", "L2", 40, 3, 256),
+    ("mnist", "Linf", 1, 12, 256),
+    ("resnet20", "Linf", 40, 3, 32),
+    ("resnet20", "Linf", 1, 5, 64),
 ]
 QUICK = [("mnist", "Linf", 4, 2, 64), ("resnet20", "Linf", 4, 2, 32)]
-STANDARD = ("mnist", 2, 100)  # AutoAttack: subject, rounds, images a round
+STANDARD = ("mnist", 2, 75)  # AutoAttack: subject, rounds, images a round
 
 
 def versions() -> dict[str, str]:
@@ -236,7 +236,7 @@ def bench(out: Path, folder: Path, missing: list[str], quick: bool) -> None:
         rounds * (len(FLOORS) + len(OURS) + 1 + len(peers(Ball(norm, 1.0), steps)))
         for _, norm, steps, rounds, _ in plan
     )
-    forwards = 2 if quick else 8
+    forwards = 2 if quick else 6
     total = rivals + 2 * 2 * forwards + rounds * 3 + 2 * (1 + len(peers(Ball("Linf", 1.0), 4)))
     started, sections, memory = time.time(), [], []
     with tqdm(total=total, unit="run", file=sys.stderr) as bar:
