@@ -234,7 +234,7 @@ except ImportError:
     executed = nbformat.read(tmp_path / "evidence" / "executed.ipynb", as_version=4)
     printed = small.cell(executed, "s0_robust_accuracy").outputs[0].text
     assert "TOKEN None" in printed
-    assert "CASE 0 " in printed
+    assert "CASE 0\n" in printed
     assert "HOME True" in printed
     assert "GRADING absent" in printed
 
