@@ -44,7 +44,7 @@ def build(workspace: Workspace, lessons: Iterable[str]) -> list[Path]:
     workspace.course.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".build-", dir=workspace.private) as folder:
         aside = Path(folder)
-        made = [gradebook.generate(workspace, lesson, aside, workspace.gradebook) for lesson in lessons]
+        made = [gradebook.generate(workspace, lesson, aside, workspace.gradebook_url) for lesson in lessons]
         for notebook in made:
             _replace_folder(notebook.parent, workspace.course / notebook.stem)
     return [workspace.release(notebook.stem) for notebook in made]
@@ -84,7 +84,9 @@ def check(
     install into a folder.
     """
     with tempfile.TemporaryDirectory(prefix="rk-check-") as folder:
-        aside = replace(workspace, course=Path(folder, "course"), private=Path(folder, "private"))
+        aside = replace(
+            workspace, course=Path(folder, "course"), private=Path(folder, "private"), database=""
+        )
         problems, sound = check_files(workspace, lessons, aside, wheel)
         return problems + check_runs(aside, sound)
 

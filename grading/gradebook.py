@@ -6,19 +6,27 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import sys
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
+import nbgrader
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
 from nbgrader.api import Gradebook, MissingEntry
 from nbgrader.apps.api import NbGraderAPI
-from sqlalchemy.exc import SAWarning
+from sqlalchemy import create_engine, inspect
+from sqlalchemy.exc import SAWarning, SQLAlchemyError
 from traitlets.config import Config
 
+from grading import notebooks
 from grading.pipeline import Settings
 from grading.workspace import Workspace
 from robustkit.errors import RobustkitError
@@ -48,7 +56,6 @@ class Row:
 def settings(workspace: Workspace, how: Settings | None = None) -> Config:
     """nbgrader's configuration for `workspace`; the same one serves the command, formgrader and `grade`."""
     how = how or Settings()
-    _find_alembic()
     folders = [workspace.solutions, workspace.course, workspace.submitted, workspace.private]
     root = Path(os.path.commonpath([str(folder.resolve()) for folder in folders]))
     c = Config()
@@ -59,7 +66,7 @@ def settings(workspace: Workspace, how: Settings | None = None) -> Config:
     c.CourseDirectory.submitted_directory = _below(root, workspace.submitted)
     c.CourseDirectory.autograded_directory = _below(root, workspace.autograded)
     c.CourseDirectory.feedback_directory = _below(root, workspace.feedback)
-    c.CourseDirectory.db_url = _url(workspace.gradebook)
+    c.CourseDirectory.db_url = workspace.gradebook_url
     # A learner's numpy.py must not travel with her notebook.
     c.CourseDirectory.ignore = [".ipynb_checkpoints", "*.pyc", "__pycache__", ".pytest_cache", "*.py"]
     c.Exchange.root = str(workspace.private.resolve() / "exchange")
@@ -83,15 +90,20 @@ def settings(workspace: Workspace, how: Settings | None = None) -> Config:
     ]
     c.Autograde.autograde_preprocessors = [
         f"{ours}.JudgedExecute",
+        f"{ours}.HarmlessOutputs",
         f"{theirs}.LimitOutput",
         f"{ours}.SaveJudgedGrades",
         *(f"{theirs}.{name}" for name in ("AssignLatePenalties", "CheckCellMetadata")),
     ]
+    c.AssignLatePenalties.plugin_class = f"{ours}.LatePolicy"
+    c.LatePolicy.per_day = _late_per_day()
     c.Autograde.exporter_class = f"{ours}.CheckedSubmissions"
+    c.GenerateAssignment.exporter_class = f"{ours}.SafeRelease"
+    c.HTMLExporter.filters = {"markdown2html": "grading.harmless.markdown"}  # what formgrader shows
     c.GenerateFeedback.exporter_class = f"{ours}.FeedbackPage"
     c.GenerateFeedback.preprocessors = []
     c.RestoreCells.course = str(workspace.course.resolve())
-    for name in ("JudgedExecute", "FeedbackPage"):
+    for name in ("JudgedExecute", "FeedbackPage", "SafeRelease"):
         for folder in ("solutions", "course", "submitted", "private"):
             c[name][folder] = str(getattr(workspace, folder).resolve())
     c.JudgedExecute.tier = how.tier
@@ -101,10 +113,53 @@ def settings(workspace: Workspace, how: Settings | None = None) -> Config:
     return c
 
 
-def generate(workspace: Workspace, lesson: str, release: Path, database: Path | None) -> Path:
+@contextmanager
+def opened(workspace: Workspace) -> Iterator[Gradebook]:
+    """The gradebook; made where there is none yet.
+
+    Raises: RobustkitError when there is no database at its URL, or one that this nbgrader cannot use.
+    """
+    _find_alembic()
+    try:
+        revision, used = _schema(workspace.gradebook_url)
+        if used and revision != _head():
+            raise RobustkitError(
+                f"the gradebook has the tables of another nbgrader ({revision}, this one uses {_head()}); "
+                "back it up, then run: nbgrader db upgrade."
+            )
+        book = Gradebook(workspace.gradebook_url, COURSE_ID)
+    except (SQLAlchemyError, ModuleNotFoundError) as error:
+        reason = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
+        raise RobustkitError(
+            f"the gradebook cannot be opened ({reason}); start its database, or correct ROBUSTKIT_GRADEBOOK, "
+            "such as postgresql://user:password@host/name."
+        ) from error
+    with book:
+        yield book
+
+
+def _schema(url: str) -> tuple[str | None, bool]:
+    """The revision of the tables at `url`, and whether there are any. Nothing is changed there."""
+    engine = create_engine(url)
+    try:
+        with engine.connect() as connection:
+            return MigrationContext.configure(connection).get_current_revision(), bool(
+                inspect(connection).get_table_names()
+            )
+    finally:
+        engine.dispose()
+
+
+@cache
+def _head() -> str | None:
+    """The revision that the installed nbgrader uses."""
+    return ScriptDirectory(str(Path(nbgrader.__file__).parent / "alembic")).get_current_head()
+
+
+def generate(workspace: Workspace, lesson: str, release: Path, database: str | None) -> Path:
     """nbgrader's generator: the lesson's source into the folder `release`, its cells into `database`, if any.
 
-    Raises: RobustkitError with nbgrader's reason.
+    Raises: RobustkitError with nbgrader's reason, or when the gradebook cannot be opened.
     """
     if not workspace.source(lesson).is_file():
         raise RobustkitError(
@@ -113,11 +168,14 @@ def generate(workspace: Workspace, lesson: str, release: Path, database: Path | 
     release.mkdir(parents=True, exist_ok=True)
     aside = replace(workspace, course=release)
     config = settings(aside)
+    del config.GenerateAssignment.exporter_class  # this is the rehearsal
     if database is None:
         config.GenerateAssignment.no_database = True
         config.GenerateAssignment.preprocessors.remove(_SAVES_CELLS)
     else:
-        config.CourseDirectory.db_url = _url(database)
+        config.CourseDirectory.db_url = database
+        with opened(replace(workspace, database=database)):
+            pass  # said here in one sentence, in nbgrader's log otherwise
     result = _api(aside, config).generate_assignment(lesson, force=True, create=True)
     if not result["success"]:
         raise RobustkitError(
@@ -126,11 +184,34 @@ def generate(workspace: Workspace, lesson: str, release: Path, database: Path | 
     return release / lesson / f"{lesson}.ipynb"
 
 
+def rehearse(workspace: Workspace, lesson: str) -> None:
+    """Generate the lesson aside, and compare its cells with the gradebook's; nothing is kept.
+
+    Raises: RobustkitError when nbgrader would fail to generate it.
+    """
+    with tempfile.TemporaryDirectory(prefix="rk-") as aside:
+        made = notebooks.read_release(generate(workspace, lesson, Path(aside), None))
+    names = {notebooks.grade_id(cell) for cell in made.cells} - {""}
+    if not _made(workspace):
+        return
+    with opened(workspace) as book:
+        try:
+            known = book.find_notebook(lesson, lesson)
+        except MissingEntry:
+            return
+        kinds = (known.grade_cells, known.solution_cells, known.task_cells, known.source_cells)
+        if known.submissions and names != {str(cell.name) for cells in kinds for cell in cells}:
+            raise RobustkitError(
+                f"Cannot add or remove cells of {lesson}: submissions to it are in the gradebook; "
+                "release the new one as a lesson of its own."
+            )
+
+
 def register(workspace: Workspace, lesson: str) -> None:
     """Put the lesson's cells into the gradebook; the release stays as it is."""
     workspace.private.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="rk-", dir=workspace.private) as aside:
-        generate(workspace, lesson, Path(aside), workspace.gradebook)
+        generate(workspace, lesson, Path(aside), workspace.gradebook_url)
 
 
 def autograde(workspace: Workspace, lesson: str, student: str, how: Settings) -> None:
@@ -145,7 +226,7 @@ def autograde(workspace: Workspace, lesson: str, student: str, how: Settings) ->
 
 def record_refusal(workspace: Workspace, lesson: str, student: str) -> None:
     """Zero for every cell of a submission that could not be run; a marker's points stay."""
-    with Gradebook(_url(workspace.gradebook), COURSE_ID) as book:
+    with opened(workspace) as book:
         book.update_or_create_student(student)
         submission = book.update_or_create_submission(lesson, student)
         for notebook in submission.notebooks:
@@ -156,9 +237,9 @@ def record_refusal(workspace: Workspace, lesson: str, student: str) -> None:
 
 def manual_marks(workspace: Workspace, student: str, lesson: str) -> Mapping[str, float]:
     """The points that a marker gave in formgrader, by grade_id; 0 for a written answer that was left empty."""
-    if not workspace.gradebook.exists():
+    if not _made(workspace):
         return {}
-    with Gradebook(_url(workspace.gradebook), COURSE_ID) as book:
+    with opened(workspace) as book:
         try:
             submission = book.find_submission(lesson, student)
         except MissingEntry:
@@ -172,9 +253,9 @@ def manual_marks(workspace: Workspace, student: str, lesson: str) -> Mapping[str
 
 def rows(workspace: Workspace) -> list[Row]:
     """Every graded submission in the gradebook, by lesson and student."""
-    if not workspace.gradebook.exists():
+    if not _made(workspace):
         return []
-    with Gradebook(_url(workspace.gradebook), COURSE_ID) as book:
+    with opened(workspace) as book:
         found = [
             Row(
                 submission.student.id,
@@ -198,6 +279,25 @@ def rows(workspace: Workspace) -> list[Row]:
             for submission in assignment.submissions
         ]
     return sorted(found, key=lambda row: (row.lesson, row.student))
+
+
+def _made(workspace: Workspace) -> bool:
+    """Whether anything can be in the gradebook: to ask is not to make one."""
+    return bool(workspace.database) or workspace.gradebook.exists()
+
+
+def _late_per_day() -> float:
+    """ROBUSTKIT_LATE_PER_DAY. Raises: RobustkitError when it is no share."""
+    given = os.environ.get("ROBUSTKIT_LATE_PER_DAY", "0")
+    try:
+        share = float(given)
+    except ValueError:
+        share = math.nan
+    if not 0 <= share <= 1:
+        raise RobustkitError(
+            f"ROBUSTKIT_LATE_PER_DAY is {given!r}; it is the share of the points that a late day costs, such as 0.1."
+        )
+    return share
 
 
 def _find_alembic() -> None:
@@ -229,7 +329,3 @@ def _reason(result: Mapping[str, str]) -> str:
 def _below(root: Path, folder: Path) -> str:
     """A folder as nbgrader wants it: relative, so that its patterns hold, unless nothing is in common."""
     return str(folder.resolve()) if root == Path(root.anchor) else os.path.relpath(folder.resolve(), root)
-
-
-def _url(database: Path) -> str:
-    return f"sqlite:///{database.resolve()}"

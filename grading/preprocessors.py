@@ -9,6 +9,7 @@ validated float is written in their place, because a notebook can print whatever
 
 from __future__ import annotations
 
+import math
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -17,17 +18,17 @@ import nbformat
 from nbconvert import HTMLExporter, NotebookExporter
 from nbformat import NotebookNode
 from nbgrader.api import Gradebook
-from nbgrader.converters import Autograde
+from nbgrader.converters import Autograde, GenerateAssignment
 from nbgrader.converters.base import NbGraderException
 from nbgrader.exchange.default import ExchangeCollect
+from nbgrader.plugins import LateSubmissionPlugin
 from nbgrader.preprocessors import SaveAutoGrades
 from nbgrader.preprocessors.base import NbGraderPreprocessor
 from nbgrader.utils import is_solution, is_task
-from traitlets import Float, Unicode
+from traitlets import Float, HasTraits, Unicode
 from traitlets.config import Config
 
-from grading import feedback, intake, notebooks, pipeline
-from grading.gradebook import manual_marks
+from grading import feedback, gradebook, harmless, intake, notebooks, pipeline
 from grading.judge import find_lesson
 from grading.records import read_records
 from grading.run import Limits
@@ -39,6 +40,21 @@ Resources = Any  # nbconvert's dictionary
 CANARY_KEY = "robustkit_canary"
 
 
+class InCourse(HasTraits):
+    """What a converter of ours is told of the course's places."""
+
+    solutions = Unicode(help="Folder of the source lessons").tag(config=True)
+    course = Unicode(help="Folder of the released lessons").tag(config=True)
+    submitted = Unicode(help="Folder of the submissions").tag(config=True)
+    private = Unicode(help="Folder of the records, the feedback and the course secret").tag(config=True)
+
+    def workspace(self, database: str) -> Workspace:
+        """The course, with the gradebook at the URL that nbgrader uses."""
+        return Workspace(
+            Path(self.solutions), Path(self.course), Path(self.submitted), Path(self.private), database
+        )
+
+
 class ForLearners(NbGraderPreprocessor):
     """Takes out of a source notebook what a release must not carry: its canary, times, versions."""
 
@@ -48,6 +64,21 @@ class ForLearners(NbGraderPreprocessor):
         for cell in nb.cells:
             cell.metadata.pop("execution", None)
         return nb, resources
+
+
+class SafeRelease(InCourse, NotebookExporter):
+    """Lets nbgrader's own generator run when it will succeed: it removes the old release first.
+
+    `build` goes aside and swaps; the command `nbgrader generate_assignment` and formgrader's button do not.
+    """
+
+    def __init__(self, parent: GenerateAssignment, config: Config) -> None:
+        super().__init__(config=config, parent=parent)
+        for folder in parent.assignments:
+            try:
+                gradebook.rehearse(self.workspace(parent.coursedir.db_url), Path(folder).name)
+            except RobustkitError as error:
+                raise NbGraderException(str(error)) from error
 
 
 class CheckedSubmissions(NotebookExporter):
@@ -104,13 +135,9 @@ class RestoreCells(NbGraderPreprocessor):
         return restored, resources
 
 
-class JudgedExecute(NbGraderPreprocessor):
+class JudgedExecute(InCourse, NbGraderPreprocessor):
     """In place of nbgrader's Execute: runs the submission through the hops, and shows what it printed."""
 
-    solutions = Unicode(help="Folder of the source lessons").tag(config=True)
-    course = Unicode(help="Folder of the released lessons").tag(config=True)
-    submitted = Unicode(help="Folder of the submissions").tag(config=True)
-    private = Unicode(help="Folder of the records, the feedback and the course secret").tag(config=True)
     tier = Unicode("smoke", help="Tier that submissions run in").tag(config=True)
     cell_seconds = Float(Limits.cell, help="Longest that a cell may run").tag(config=True)
     notebook_seconds = Float(Limits.notebook, help="Longest that a notebook may run").tag(config=True)
@@ -119,9 +146,7 @@ class JudgedExecute(NbGraderPreprocessor):
     )
 
     def preprocess(self, nb: NotebookNode, resources: Resources) -> tuple[NotebookNode, Resources]:
-        workspace = Workspace(
-            Path(self.solutions), Path(self.course), Path(self.submitted), Path(self.private)
-        )
+        workspace = self.workspace(resources["nbgrader"]["db_url"])
         student, lesson = resources["nbgrader"]["student"], find_lesson(resources["nbgrader"]["assignment"])
         settings = pipeline.Settings(
             self.tier, Limits(self.cell_seconds, self.notebook_seconds), self.sandbox
@@ -137,12 +162,20 @@ class JudgedExecute(NbGraderPreprocessor):
             settings,
         )
         resources["scorecard"] = pipeline.conclude(
-            workspace, verdicts, manual_marks(workspace, student, lesson.id)
+            workspace, verdicts, gradebook.manual_marks(workspace, student, lesson.id)
         )
         executed = nbformat.read(folder / "evidence" / "executed.ipynb", as_version=4)
         for cell, shown in zip(nb.cells, executed.cells, strict=True):
             if cell.cell_type == "code":
                 cell.outputs, cell.execution_count = shown.outputs, shown.execution_count
+        return nb, resources
+
+
+class HarmlessOutputs(NbGraderPreprocessor):
+    """Leaves of what a submission printed what cannot act in a marker's browser."""
+
+    def preprocess(self, nb: NotebookNode, resources: Resources) -> tuple[NotebookNode, Resources]:
+        harmless.clean_outputs(nb)
         return nb, resources
 
 
@@ -179,24 +212,29 @@ class SaveJudgedGrades(SaveAutoGrades):
         self.gradebook.db.commit()
 
 
-class FeedbackPage(HTMLExporter):
+class LatePolicy(LateSubmissionPlugin):
+    """Takes a share of the points for each day that was begun after the due date.
+
+    Due dates and extensions are nbgrader's: set them in formgrader.
+    """
+
+    per_day = Float(0.0, help="Share of the points that a late day costs").tag(config=True)
+
+    def late_submission_penalty(self, student_id: str, score: float, total_seconds_late: float) -> float:
+        return min(1.0, self.per_day * math.ceil(total_seconds_late / 86_400)) * score
+
+
+class FeedbackPage(InCourse, HTMLExporter):
     """What formgrader's "Generate feedback" makes: the learner's page of `feedback`, with the marks given by now.
 
     nbgrader's own page is the autograded notebook, mark schemes and all.
     """
 
-    solutions = Unicode(help="Folder of the source lessons").tag(config=True)
-    course = Unicode(help="Folder of the released lessons").tag(config=True)
-    submitted = Unicode(help="Folder of the submissions").tag(config=True)
-    private = Unicode(help="Folder of the records and the gradebook").tag(config=True)
-
     def from_filename(  # type: ignore[override]  # nbconvert: text for this kind of exporter
         self, filename: str, resources: Resources = None, **_: object
     ) -> tuple[str, Resources]:
-        workspace = Workspace(
-            Path(self.solutions), Path(self.course), Path(self.submitted), Path(self.private)
-        )
+        workspace = self.workspace(resources["nbgrader"]["db_url"])
         student, lesson = resources["nbgrader"]["student"], resources["nbgrader"]["assignment"]
         verdicts = read_records(workspace.hop(student, lesson) / "records.json")
-        card = score(verdicts, manual_marks(workspace, student, lesson))
+        card = score(verdicts, gradebook.manual_marks(workspace, student, lesson))
         return feedback.render(card), {**resources, "output_extension": ".html"}

@@ -8,7 +8,7 @@ import json
 import os
 import re
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from robustkit.errors import RobustkitError
@@ -44,12 +44,16 @@ _STUDENT = re.compile(r"[\w.@ ,'-]{1,80}", re.ASCII)
 
 @dataclass(frozen=True)
 class Workspace:
-    """The folders of one course. `private` is the instructor's own and never reaches a learner."""
+    """The folders of one course. `private` is the instructor's own and never reaches a learner.
+
+    `database` is the gradebook's URL where that is not a file in `private`; it may hold a password.
+    """
 
     solutions: Path
     course: Path
     submitted: Path
     private: Path
+    database: str = field(default="", repr=False)
 
     @property
     def autograded(self) -> Path:
@@ -65,7 +69,12 @@ class Workspace:
 
     @property
     def gradebook(self) -> Path:
+        """The SQLite file that is the gradebook where `database` names no other."""
         return self.private / "gradebook.db"
+
+    @property
+    def gradebook_url(self) -> str:
+        return self.database or f"sqlite:///{self.gradebook.resolve()}"
 
     @property
     def secret(self) -> Path:
@@ -90,8 +99,16 @@ class Workspace:
 
 
 def repository() -> Workspace:
-    """The workspace of this clone: solutions/, course/, and the instructor's files under grading/."""
-    return Workspace(ROOT / "solutions", ROOT / "course", ROOT / "grading" / "submitted", ROOT / "grading")
+    """The workspace of this clone: solutions/, course/, the instructor's files under grading/, and the gradebook
+    at the URL in ROBUSTKIT_GRADEBOOK, if any.
+    """
+    return Workspace(
+        ROOT / "solutions",
+        ROOT / "course",
+        ROOT / "grading" / "submitted",
+        ROOT / "grading",
+        os.environ.get("ROBUSTKIT_GRADEBOOK", ""),
+    )
 
 
 def check_student(name: str) -> str:

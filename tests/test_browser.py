@@ -12,11 +12,13 @@ import urllib.request
 
 import nbformat
 import pytest
+from nbconvert import HTMLExporter
 
 from grading import build, grade, gradebook
 from grading.pipeline import Settings
 from grading.workspace import ROOT, repository
 from tests.fixtures import small_course as small
+from tests.fixtures.hostile import HOSTILE_MARKDOWN, HOSTILE_OUTPUTS
 
 CHROMIUM = shutil.which("chromium")
 QUIET = ("--no-sandbox", "--disable-gpu")
@@ -45,7 +47,13 @@ def workspace(tmp_path_factory):
     release = nbformat.read(workspace.release(small.WRITTEN), as_version=4)
     answer = {"s1_judgement": "The slide names no norm.", "s1_predict": small.PREDICTION}
     small.hand_in(workspace, "essayist", small.filled(release, answer), small.WRITTEN)
-    grade.grade(workspace, [small.WRITTEN], Settings())
+    small.author(workspace, small.LESSON, small.source_notebook())
+    build.build(workspace, [small.LESSON])
+    hostile = nbformat.read(workspace.release(small.LESSON), as_version=4)
+    own = [nbformat.v4.new_markdown_cell(source) for source in HOSTILE_MARKDOWN.values()]
+    hostile.cells += [*own, nbformat.v4.new_code_cell(HOSTILE_OUTPUTS)]
+    small.hand_in(workspace, "mallory", hostile)
+    grade.grade(workspace, [small.WRITTEN, small.LESSON], Settings())
     return workspace
 
 
@@ -172,11 +180,73 @@ def test_a_marker_finds_the_answer_in_formgrader_and_marks_it(lab, workspace, pa
     answer.scroll_into_view_if_needed()
     page.screenshot(path=SHOTS / "formgrader-answer.png")
 
+    assert page.get_by_text("essayist").count() >= 1  # marked without a name, until one asks for it
+    assert not any(name.is_visible() for name in page.get_by_text("essayist").all())
+
     box = page.locator("input#s1_judgement")
     box.fill("7.5")
     with page.expect_response(lambda response: "/formgrader/api/grade/" in response.url) as saved:
         box.press("Tab")
     assert saved.value.ok
-    (row,) = gradebook.rows(workspace)
+    row = next(row for row in gradebook.rows(workspace) if row.student == "essayist")
     assert (row.points, row.needs_marking) == (8.5, False)
     page.screenshot(path=SHOTS / "formgrader-marked.png")
+
+
+# --- hostile notebooks -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def canaries(page):
+    """What sang in the page: calls of `canary`, dialogs, requests to another host; empty where nothing acted."""
+    sang = []
+    page.expose_function("canary", lambda *_: sang.append("script"))
+    page.on("dialog", lambda dialog: (sang.append("dialog"), dialog.dismiss()))
+    page.on("request", lambda request: "evil.example" in request.url and sang.append(request.url))
+    return sang
+
+
+def provoke(page):
+    """Do to the page what a curious marker does: point at everything, and click on every link to nowhere."""
+    for link in page.locator("a[href^='javascript'], a[href^='data'], [onclick]").all():
+        link.dispatch_event("click")
+    for element in page.locator("[onmouseover], [onload], [onerror]").all():
+        element.dispatch_event("mouseover")
+    page.wait_for_timeout(1000)
+
+
+def test_a_hostile_notebook_does_not_act_in_formgrader(lab, page, canaries):
+    address, token = lab
+    page.goto(f"{address}/formgrader?token={token}")
+    page.goto(f"{address}/formgrader/gradebook/{small.LESSON}/{small.LESSON}")
+    page.get_by_role("link", name="Submission #1").click()
+    page.get_by_text("is not shown").first.wait_for()
+    provoke(page)
+    page.get_by_text("<script>canary()</script>").first.scroll_into_view_if_needed()
+    page.screenshot(path=SHOTS / "formgrader-hostile-markdown.png")
+    page.get_by_text("is not shown").first.scroll_into_view_if_needed()
+    page.screenshot(path=SHOTS / "formgrader-hostile-outputs.png")
+    assert canaries == []
+    assert page.locator("#notebook-container :is(img, svg, iframe, script, form, style)").count() == 0
+    assert page.locator("#notebook-container input").count() == 2 * 3  # formgrader's own, two an exercise
+
+
+def test_a_hostile_notebook_does_not_act_on_its_feedback_page(workspace, page, canaries):
+    page.goto(workspace.page("mallory", small.LESSON).as_uri())
+    page.get_by_role("heading", name="Feedback").first.wait_for()
+    provoke(page)
+    page.screenshot(path=SHOTS / "feedback-hostile.png", full_page=True)
+    assert canaries == []
+    assert page.locator("script, img, svg, iframe").count() == 0
+
+
+def test_the_same_notebook_acts_where_nothing_is_done_about_it(workspace, page, canaries, tmp_path):
+    """The canaries can sing: nbconvert's plain page of the same cells."""
+    cells = [nbformat.v4.new_markdown_cell(source) for source in HOSTILE_MARKDOWN.values()]
+    html, _ = HTMLExporter().from_notebook_node(nbformat.v4.new_notebook(cells=cells))
+    (tmp_path / "plain.html").write_text(html)
+    page.route("https://**", lambda route: route.abort())
+    page.goto((tmp_path / "plain.html").as_uri(), wait_until="commit")
+    provoke(page)
+    assert "script" in canaries
+    assert any("evil.example" in what for what in canaries)
