@@ -74,9 +74,11 @@ class SafeRelease(InCourse, NotebookExporter):
 
     def __init__(self, parent: GenerateAssignment, config: Config) -> None:
         super().__init__(config=config, parent=parent)
+        places = parent.coursedir
+        workspace = self.workspace(places.db_url if places else "")
         for folder in parent.assignments:
             try:
-                gradebook.rehearse(self.workspace(parent.coursedir.db_url), Path(folder).name)
+                gradebook.rehearse(workspace, Path(folder).name)
             except RobustkitError as error:
                 raise NbGraderException(str(error)) from error
 
