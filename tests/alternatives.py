@@ -611,3 +611,250 @@ def ibp_through_matrices(model, x, eps):
         else:
             sides = [layer(torch.from_numpy(side)).numpy() for side in sides]
     return sides
+
+
+# --- choosing a defence ------------------------------------------------------------------------------
+
+
+def _changed(record):
+    """Whether a certificate and an answer that it rules out are in the same record."""
+    if record.certificate is None:
+        return False
+    label, radius = record.certificate
+    answers = {record.clean} | ({record.attacked} if record.size <= radius else set())
+    return bool(answers - {label, None})
+
+
+@right("sandwich")
+def sandwich_in_a_loop(records, eps):
+    clean, empirical, certified, impossible = 0, 0, 0, []
+    for position, (label, untouched, attacked, _, certificate) in enumerate(records):
+        if untouched == label:
+            clean += 1
+            empirical += attacked == label
+        if certificate is not None and certificate[0] == label and not certificate[1] < eps:
+            certified += 1
+        if _changed(records[position]):
+            impossible.append(position)
+    return clean, empirical, certified, impossible
+
+
+@right("sandwich")
+def sandwich_in_numpy(records, eps):
+    y, clean, attacked = (np.array([-1 if row[i] is None else row[i] for row in records]) for i in range(3))
+    size = np.array([record.size for record in records])
+    held = np.array([(-1, -1.0) if r.certificate is None else r.certificate for r in records])
+    proved, radius = held[:, 0], held[:, 1]
+    other = ((clean >= 0) & (clean != proved)) | ((attacked >= 0) & (attacked != proved) & (size < radius))
+    counts = [
+        (clean == y).sum(),
+        ((clean == y) & (attacked == y)).sum(),
+        ((proved == y) & (radius >= eps)).sum(),
+    ]
+    return (*counts, np.flatnonzero((proved >= 0) & other))
+
+
+@right("sandwich")
+def sandwich_by_comprehensions(records, eps):
+    robust = [r for r in records if r.label == r.clean == r.attacked]
+    proofs = [r for r in records if r.certificate and r.certificate[0] == r.label and r.certificate[1] >= eps]
+    clean = torch.tensor([r.label == r.clean for r in records]).sum()
+    return [clean, len(robust), len(proofs), {i for i, r in enumerate(records) if _changed(r)}]
+
+
+@right("covers")
+def covers_by_cases(claimed, needed, d):
+    if claimed.norm == "L2" and needed.norm == "Linf":
+        return claimed.eps >= needed.eps * math.sqrt(d)
+    return claimed.eps >= needed.eps
+
+
+@right("covers")
+def covers_by_the_farthest_point(claimed, needed, d):
+    """The corner of a box is its farthest point in L2; a point on an axis that of a round ball in Linf."""
+    farthest = torch.full((1, d), needed.eps, dtype=torch.float64)
+    if needed.norm == "L2":
+        farthest[:, 1:] = 0
+    return (claimed.size(farthest) <= claimed.eps + 1e-9).item()
+
+
+@right("covers")
+def covers_by_a_table(claimed, needed, d):
+    stretch = {("Linf", "Linf"): 1, ("L2", "L2"): 1, ("Linf", "L2"): 1, ("L2", "Linf"): d**0.5}
+    return needed.eps * stretch[claimed.norm, needed.norm] <= claimed.eps
+
+
+def _paired_parts(a, b):
+    return (a & ~b).sum().item(), (b & ~a).sum().item(), len(a)
+
+
+@right("paired")
+def paired_by_the_formula(a, b):
+    only_a, only_b, n = _paired_parts(a, b)
+    difference = (only_a - only_b) / n
+    half = 1.96 * math.sqrt(only_a + only_b - (only_a - only_b) ** 2 / n) / n
+    p = stats.binomtest(only_a, only_a + only_b).pvalue if only_a + only_b else 1.0
+    return difference, difference - half, difference + half, p
+
+
+@right("paired")
+def paired_by_bootstrap(a, b):
+    step = a.numpy().astype(int) - b.numpy().astype(int)
+    random = np.random.default_rng(0)
+    means = step[random.integers(0, len(step), (5000, len(step)))].mean(1)
+    only_a, only_b = int((step > 0).sum()), int((step < 0).sum())
+    p = min(1.0, 2 * stats.binom.cdf(min(only_a, only_b), only_a + only_b, 0.5))
+    return step.mean(), *np.quantile(means, [0.025, 0.975]), p
+
+
+@right("paired")
+def paired_as_a_t_test_and_a_sum(a, b):
+    step = a.double() - b.double()
+    mean, error = step.mean(), step.std() / math.sqrt(len(step))
+    only_a, only_b, _ = _paired_parts(a, b)
+    m = only_a + only_b
+    tail = sum(math.comb(m, k) for k in range(min(only_a, only_b) + 1)) / 2**m
+    return [mean, mean - 1.96 * error, mean + 1.96 * error, min(1, 2 * tail)]
+
+
+def _amortised(training, passes, per_pass, decisions):
+    return training / decisions + passes * per_pass
+
+
+def _first_whole(a, b):
+    (train_a, run_a), (train_b, run_b) = a, b
+    if run_a == run_b:
+        return 0 if train_a <= train_b else None
+    if run_a > run_b:
+        return None
+    return max(0, math.ceil((train_a - train_b) / (run_b - run_a)))
+
+
+def _by_search(a, b):
+    """Totals compared number by number, by doubling and halving."""
+    if a[1] > b[1] or (a[1] == b[1] and a[0] > b[0]):
+        return None
+    high = 1
+    while a[0] + high * a[1] > b[0] + high * b[1]:
+        high *= 2
+    low = -1
+    while high - low > 1:
+        middle = (low + high) // 2
+        if a[0] + middle * a[1] <= b[0] + middle * b[1]:
+            high = middle
+        else:
+            low = middle
+    return high
+
+
+def _in_torch(a, b):
+    gap = torch.tensor(a, dtype=torch.float64) - torch.tensor(b, dtype=torch.float64)
+    if gap[1] > 0 or (gap[1] == 0 and gap[0] > 0):
+        return None
+    return 0 if gap[0] <= 0 else torch.ceil(gap[0] / -gap[1])
+
+
+ALTERNATIVES += [
+    Alternative("cost", "cost_by_the_formula", (_amortised, _first_whole)),
+    Alternative("cost", "cost_by_search", (lambda t, p, s, m: (t + m * p * s) / m, _by_search)),
+    Alternative(
+        "cost",
+        "cost_in_torch",
+        (lambda t, p, s, m: torch.tensor(t / m + p * s, dtype=torch.float64), _in_torch),
+    ),
+]
+
+
+def _route_by_cases(certificate, empirical, eps):
+    match certificate:
+        case (label, radius) if radius >= eps:
+            return label, "certified"
+        case (label, _) if label == empirical:
+            return empirical, "checked"
+    return None, "review"
+
+
+def _route_with_a_default(certificate, empirical, eps):
+    label, radius = certificate or (None, -1.0)
+    if label is not None and not radius < eps:
+        return torch.tensor(label), "certified"
+    agreed = label is not None and label == empirical
+    return (label if agreed else None), ("checked" if agreed else "review")
+
+
+def _route_by_table(certificate, empirical, eps):
+    proved = certificate is not None and certificate[1] >= eps
+    agreed = certificate is not None and certificate[0] == empirical
+    lane = "certified" if proved else "checked" if agreed else "review"
+    return {"certified": certificate and certificate[0], "checked": empirical, "review": None}[lane], lane
+
+
+def _guaranteed_in_a_loop(certificates, y, eps):
+    count = 0
+    for certificate, label in zip(certificates, y, strict=True):
+        # What is left of the radius after the attacker has moved the image by eps.
+        if certificate is not None and certificate[0] == label and certificate[1] - eps >= eps:
+            count += 1
+    return count
+
+
+def _guaranteed_in_torch(certificates, y, eps):
+    labels = torch.tensor([-1 if c is None else c[0] for c in certificates])
+    radii = torch.tensor([0.0 if c is None else c[1] for c in certificates], dtype=torch.float64)
+    return ((labels == y) & (radii >= 2 * eps)).sum()
+
+
+ALTERNATIVES += [
+    Alternative("route", "route_by_cases", (_route_by_cases, _guaranteed_in_a_loop)),
+    Alternative("route", "route_with_a_default", (_route_with_a_default, _guaranteed_in_torch)),
+    Alternative("route", "route_by_table", (_route_by_table, _guaranteed_in_a_loop)),
+]
+
+
+@right("admissible")
+def admissible_in_a_loop(need, offers, d):
+    names = []
+    for offer in offers:
+        if offer.seconds > need.seconds or offer.clean.low < need.clean:
+            continue
+        for claim in offer.claims:
+            if need.guarantee and claim.kind != "certified":
+                continue
+            if covers_by_cases(claim.ball, need.ball, d) and claim.share.low >= need.robust:
+                names.append(offer.name)
+                break
+    return names
+
+
+@right("admissible")
+def admissible_in_one_norm(need, offers, d):
+    """Stricter than it need be: a claim in another norm never counts."""
+    kinds = {"certified"} if need.guarantee else {"certified", "empirical"}
+    return {
+        name
+        for name, clean, claims, seconds in offers
+        if clean.low >= need.clean
+        and seconds <= need.seconds
+        and any(
+            kind in kinds
+            and ball.norm == need.ball.norm
+            and ball.eps >= need.ball.eps
+            and share.low >= need.robust
+            for kind, ball, share in claims
+        )
+    }
+
+
+@right("admissible")
+def admissible_by_filters(need, offers, d):
+    def robust(offer):
+        lows = [
+            claim.share.low
+            for claim in offer.claims
+            if covers_by_a_table(claim.ball, need.ball, d)
+            and (claim.kind == "certified" or not need.guarantee)
+        ]
+        return max(lows, default=0.0)
+
+    fast = filter(lambda offer: offer.seconds <= need.seconds, offers)
+    return tuple(o.name for o in fast if o.clean.low >= need.clean and robust(o) >= need.robust)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from robustkit.contracts import attacks, certify, measures, models
+from robustkit.contracts import attacks, certify, measures, models, tradeoff
 from robustkit.contracts.base import Arrays, Contract, Finding, examine, judge_safely, observe_safely
 from robustkit.contracts.oracle import LinearOracle
 
@@ -28,6 +28,12 @@ CONTRACTS: dict[str, Contract] = {
     "certified_accuracy": certify.CERTIFIED_ACCURACY,
     "interval_linear": certify.INTERVAL_LINEAR,
     "ibp": certify.IBP,
+    "covers": tradeoff.COVERS,
+    "sandwich": tradeoff.SANDWICH,
+    "paired": tradeoff.PAIRED,
+    "cost": tradeoff.COST,
+    "route": tradeoff.ROUTE,
+    "admissible": tradeoff.ADMISSIBLE,
 }
 
 __all__ = [
