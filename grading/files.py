@@ -122,12 +122,10 @@ def blank_plain(path: Path, content: bytes = b"") -> None:
         handle = os.open(path, flags, 0o600)
     except OSError:
         handle = -1
-    if handle >= 0:
-        found = os.fstat(handle)
-        # A second name could be that of a file that is not the learner's.
-        if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1:
-            os.close(handle)
-            handle = -1
+    # A second name could be that of a file that is not the learner's.
+    if handle >= 0 and oddity(os.fstat(handle)):
+        os.close(handle)
+        handle = -1
     if handle < 0:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)

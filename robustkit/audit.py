@@ -29,6 +29,7 @@ from functools import cached_property, partial
 from itertools import combinations
 
 import torch
+from scipy.stats import binom  # type: ignore[import-untyped]
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
@@ -44,7 +45,7 @@ from robustkit.errors import RobustkitError
 from robustkit.evaluate import check_candidates, predict
 from robustkit.losses import Loss, cross_entropy, dlr, margin
 from robustkit.results import Audit, Interval, Outcome
-from robustkit.threat import Ball, check_batch, white_box
+from robustkit.threat import Ball, check_batch, look_like_probabilities, white_box
 
 Measured = tuple[Interval | float, str]  # a share of images or a number, and the evidence in one sentence
 
@@ -160,11 +161,8 @@ def _beyond(share: Interval, threshold: float) -> bool:
     >>> [_beyond(Interval(k, 200), 0.005) for k in (1, 4, 5)]
     [False, False, True]
     """
-    below, term = 0.0, (1 - threshold) ** share.n  # the probability of exactly 0, 1, 2, ... images
-    for i in range(share.k):
-        below += term
-        term *= (share.n - i) / (i + 1) * threshold / (1 - threshold)
-    return share.share > threshold and 1 - below < RARE
+    chance = float(binom.sf(share.k - 1, share.n, threshold))  # of so many images or more
+    return share.share > threshold and chance < RARE
 
 
 # --- the attack runs that the checks share -----------------------------------------------------------
@@ -364,9 +362,7 @@ def randomised(runs: Runs) -> Measured:
 
 def probabilities(runs: Runs) -> Measured:
     """Are these logits, or has a softmax been left in the model?"""
-    logits = runs.logits(runs.x)
-    proper = (logits >= 0).all(1) & (logits <= 1).all(1) & ((logits.sum(1) - 1).abs() < 1e-5)
-    share = _share(proper)
+    share = _share(look_like_probabilities(runs.logits(runs.x)))
     return share, f"the output lies in [0, 1] and sums to 1 on {share.k} of {share.n} images"
 
 

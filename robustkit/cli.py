@@ -149,7 +149,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     journal = out.with_name(f"{out.name}.partial")
     _check_result(out, journal, resume=options.resume)
     model = _model(options, options.weights)
-    images = _images(options, tier)
+    images = _images(options, _IMAGES[tier] if options.n is None else options.n)
     _check_fits(model, _architecture(options), images)
     batch_size = min(scale.shared(lambda: device.batch_size(model, images.x)))
     with scale.journal_of_rank(journal) as path, _runner(options) as runner:
@@ -176,7 +176,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _certify(options: argparse.Namespace) -> int:
-    from robustkit import data, device, models
+    from robustkit import device
     from robustkit.certify.certificates import Smoothing
     from robustkit.certify.smoothing import certify
 
@@ -195,13 +195,9 @@ def _certify(options: argparse.Namespace) -> int:
         raise RobustkitError(
             f"{found} already exists; go on with it by --resume, or choose another file with --out."
         )
-    place = device.pick_device()
-    name = options.model or _USUAL[options.data][0]
-    model = models.load_weights(models.build(name), options.weights).eval().to(place)
-    digest = hashlib.sha256(options.weights.read_bytes()).hexdigest()
-    limit = _CERTIFIED[tier] if options.images is None else options.images
-    images = data.load(options.data, options.split, limit=limit, seed=options.seed, device=place)
-    _check_fits(model, name, images)
+    model = _model(options, options.weights)
+    images = _images(options, _CERTIFIED[tier] if options.images is None else options.images)
+    _check_fits(model, _architecture(options), images)
     certification = certify(
         model,
         images,
@@ -209,7 +205,7 @@ def _certify(options: argparse.Namespace) -> int:
         model_name=_model_name(options.weights),
         tier=tier,
         seed=options.seed,
-        notes=(f"{name}, weights sha256 {digest[:16]}",),
+        notes=(_weights_note(options),),
         rows=rows,
         batch_size=options.batch_size,
     )
@@ -274,7 +270,7 @@ def _audit(options: argparse.Namespace) -> int:
     _check_writable(out)
     model = _model(options, options.weights)
     surrogate = None if options.surrogate is None else _model(options, options.surrogate)
-    images = _images(options, tier)
+    images = _images(options, _IMAGES[tier] if options.n is None else options.n)
     _check_fits(model, _architecture(options), images)
     found = audit.audit(
         model,
@@ -344,7 +340,7 @@ def _leaderboard(options: argparse.Namespace) -> int:
     return 0
 
 
-# --- what `evaluate` and `audit` are given -----------------------------------------------------------
+# --- what `evaluate`, `audit` and `certify` are given -----------------------------------------------------------
 
 
 def _ball(options: argparse.Namespace) -> Ball:
@@ -368,10 +364,9 @@ def _model(options: argparse.Namespace, weights: Path) -> nn.Module:
     return model.eval().to(device.pick_device())
 
 
-def _images(options: argparse.Namespace, tier: str) -> Dataset:
+def _images(options: argparse.Namespace, limit: int | None) -> Dataset:
     from robustkit import data, device
 
-    limit = _IMAGES[tier] if options.n is None else options.n
     return data.load(options.data, options.split, limit=limit, seed=options.seed, device=device.pick_device())
 
 
@@ -731,13 +726,18 @@ def _parser() -> argparse.ArgumentParser:
     }
 
     def add_subject(command: _Parser) -> None:
-        """Which model on which images against which ball: what an evaluation and an audit are about."""
+        """Which model on which images: what evaluations, audits and certifications are about."""
         command.add_argument("weights", type=Path, metavar="MODEL.safetensors", help="weights of the model")
-        command.add_argument("--data", required=True, choices=tuple(_USUAL), help="data set to attack")
+        command.add_argument("--data", required=True, choices=tuple(_USUAL), help="data set of the images")
         command.add_argument("--split", default="test", help="split of it (default test)")
         command.add_argument(
             "--model", help="architecture of the weights (default: the usual one for the data)"
         )
+        command.add_argument("--seed", **seed)
+        command.add_argument("--tier", **tier)
+
+    def add_ball(command: _Parser) -> None:
+        """Against which ball, and with how many images."""
         command.add_argument("--norm", choices=("Linf", "L2", "L1"), help="norm of the ball (default Linf)")
         command.add_argument(
             "--eps",
@@ -751,8 +751,6 @@ def _parser() -> argparse.ArgumentParser:
             metavar="N",
             help="images drawn from the split (default 200, 1,000 or all, by tier)",
         )
-        command.add_argument("--seed", **seed)
-        command.add_argument("--tier", **tier)
 
     add(
         "doctor",
@@ -789,6 +787,7 @@ def _parser() -> argparse.ArgumentParser:
         "robustkit evaluate runs/first/model.safetensors --data mnist --attacks fgsm,pgd-40 --n 500",
     )
     add_subject(evaluate)
+    add_ball(evaluate)
     which = evaluate.add_mutually_exclusive_group()
     which.add_argument(
         "--attacks", default="fgsm,pgd-40", help="attacks in order, by comma (default fgsm,pgd-40)"
@@ -822,12 +821,7 @@ def _parser() -> argparse.ArgumentParser:
         "Certify L2 robustness by randomized smoothing, image by image.",
         "robustkit certify runs/first/model.safetensors --data mnist --sigma 0.25 --n 10000 --images 500",
     )
-    certify.add_argument(
-        "weights", type=Path, metavar="MODEL.safetensors", help="weights of the base classifier"
-    )
-    certify.add_argument("--data", required=True, choices=tuple(_USUAL), help="data set to certify on")
-    certify.add_argument("--split", default="test", help="split of it (default test)")
-    certify.add_argument("--model", help="architecture of the weights (default: the usual one for the data)")
+    add_subject(certify)
     certify.add_argument(
         "--sigma",
         type=float,
@@ -845,8 +839,6 @@ def _parser() -> argparse.ArgumentParser:
     certify.add_argument(
         "--batch-size", type=int, default=250, metavar="N", help="noisy copies per pass; changes no result"
     )
-    certify.add_argument("--seed", **seed)
-    certify.add_argument("--tier", **tier)
     certify.add_argument(
         "--out",
         type=Path,
@@ -879,6 +871,7 @@ def _parser() -> argparse.ArgumentParser:
         "robustkit audit runs/first/model.safetensors --data mnist --tier smoke",
     )
     add_subject(audit)
+    add_ball(audit)
     audit.add_argument(
         "--surrogate",
         type=Path,

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import datetime
-import hashlib
 import math
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -35,7 +34,7 @@ from robustkit.attacks import (
 from robustkit.attacks.library import AUTOATTACK_PARTS, LIBRARY
 from robustkit.attacks.transfer import on_surrogate
 from robustkit.data import Dataset
-from robustkit.device import Model, Prepared, attackable, hardware, prepare, seeded, strict_fp32
+from robustkit.device import Model, Prepared, attackable, digest, hardware, prepare, seeded, strict_fp32
 from robustkit.errors import RobustkitError
 from robustkit.journal import Done, Journal, opened
 from robustkit.losses import dlr, margin
@@ -236,9 +235,9 @@ def evaluate(
         "identity": {
             "robustkit": __version__,
             "model": model_name,
-            "weights": _digest(model.state_dict().values()) if isinstance(model, nn.Module) else "",
+            "weights": digest(model.state_dict().values()) if isinstance(model, nn.Module) else "",
             "logits": probe[:4].nan_to_num().flatten().tolist() if steady else None,
-            "images": _digest([data.x, data.y, torch.tensor(data.indices)]),
+            "images": digest([data.x, data.y, torch.tensor(data.indices)]),
             "ball": repr(ball),
             "attacks": [[name, _origin(attack), settings[name]] for name, attack in attacks.items()],
             "seed": seed,
@@ -342,15 +341,6 @@ def _notes(model: Model, steady: bool, journal: Journal, device: torch.device) -
         yield f"out of memory: batches went down from {largest} to {smallest} images"
 
 
-def _digest(tensors: Iterable[Tensor]) -> str:
-    """The sha256 of the tensors' types, shapes and bytes."""
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
 def check_candidates(name: str, x: Tensor, candidates: Tensor, ball: PerturbationSet) -> None:
     """Refuse candidates that the threat model does not allow. Raises: RobustkitError."""
     if not isinstance(candidates, Tensor) or candidates.dtype != x.dtype:
@@ -398,9 +388,9 @@ def _setting(value: Any) -> Any:
     if value is None or isinstance(value, int | str) or (isinstance(value, float) and math.isfinite(value)):
         return value
     if isinstance(value, nn.Module):
-        return f"{type(value).__name__}, weights sha256 {_digest(value.state_dict().values())[:16]}"
+        return f"{type(value).__name__}, weights sha256 {digest(value.state_dict().values())[:16]}"
     if isinstance(value, Tensor):
-        return f"tensor {tuple(value.shape)}, sha256 {_digest([value])[:16]}"
+        return f"tensor {tuple(value.shape)}, sha256 {digest([value])[:16]}"
     return getattr(value, "__name__", None) or re.sub(r" at 0x[0-9a-f]+", "", repr(value))
 
 

@@ -11,13 +11,15 @@ import math
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Self, get_args, get_origin, get_type_hints
+from typing import Any, Self, TypeVar, get_args, get_origin, get_type_hints
 
 from robustkit.errors import RobustkitError
 from robustkit.threat import ThreatModel
 
 CLEAN = "clean"  # the value of `broken_by` for an example that is misclassified before any attack
 VERDICTS = ("passed", "flagged", "not run")
+
+R = TypeVar("R")  # the type of a result
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,10 @@ class Interval:
     @property
     def high(self) -> float:
         return self.bounds[1]
+
+    def record(self) -> dict[str, float]:
+        """What JSON readers want of it."""
+        return {"share": self.share, "k": self.k, "low": self.low, "high": self.high}
 
     def __str__(self) -> str:
         return f"{100 * self.share:.1f} % [{100 * self.low:.1f}, {100 * self.high:.1f}] (n={self.n})"
@@ -174,7 +180,7 @@ class Evaluation:
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        result: Self = _from_json(cls, text, "robustkit evaluate")
+        result: Self = from_json(cls, text, "robustkit evaluate")
         return result
 
 
@@ -239,7 +245,7 @@ class Audit:
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        result: Self = _from_json(cls, text, "robustkit audit")
+        result: Self = from_json(cls, text, "robustkit audit")
         return result
 
 
@@ -249,17 +255,16 @@ def dumps(result: Any) -> str:
     if isinstance(result, Evaluation):
         record["summary"] = {
             "n": result.n,
-            **{
-                name: {"share": share.share, "k": share.k, "low": share.low, "high": share.high}
-                for name, share in (("clean", result.clean), ("robust", result.robust))
-            },
+            "clean": result.clean.record(),
+            "robust": result.robust.record(),
         }
     if isinstance(result, Audit):
         record["summary"] = {"n": result.n, "findings": [outcome.check for outcome in result.findings]}
     return json.dumps(record, indent=2, allow_nan=False)
 
 
-def _from_json(cls: Any, text: str, command: str) -> Any:
+def from_json(cls: Any, text: str, command: str) -> Any:
+    """The result of type `cls` in `text`, which `command` wrote. Raises: RobustkitError when it is not one."""
     record = _parse(text, cls.__name__)
     try:
         return _build(cls, record, cls.__name__)
@@ -327,17 +332,19 @@ def _build(kind: Any, value: Any, name: str) -> Any:
 
 def read_evaluation(path: Path) -> Evaluation:
     """The evaluation stored at `path`. Raises: RobustkitError, naming the file, when it is missing or not one."""
+    return read(Evaluation, path, "robustkit evaluate")
+
+
+def read(cls: type[R], path: Path, command: str) -> R:
+    """The result of type `cls` that `command` stored at `path`. Raises: RobustkitError, naming the file."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise RobustkitError(
-            f"{path} cannot be read ({error.strerror}); run `robustkit evaluate` first."
-        ) from error
+        raise RobustkitError(f"{path} cannot be read ({error.strerror}); run `{command}` first.") from error
     except UnicodeDecodeError as error:
-        raise RobustkitError(
-            f"{path} is not a text file; pass the JSON that `robustkit evaluate` wrote."
-        ) from error
+        raise RobustkitError(f"{path} is not a text file; pass the JSON that `{command}` wrote.") from error
     try:
-        return Evaluation.from_json(text)
+        result: R = from_json(cls, text, command)
+        return result
     except RobustkitError as error:
         raise RobustkitError(f"{path}: {error}") from error

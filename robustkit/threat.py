@@ -402,13 +402,17 @@ def check_logits(logits: Tensor, y: Tensor, *, classes: int | None = None) -> No
         )
 
 
+def look_like_probabilities(logits: Tensor) -> Tensor:
+    """Which rows lie in [0, 1] and sum to 1. Shapes: (n, classes) -> bool (n,)."""
+    return ((logits >= 0) & (logits <= 1)).all(1) & ((logits.sum(1) - 1).abs() <= 1e-5)
+
+
 def check_no_probabilities(logits: Tensor) -> None:
     """Refuse probabilities: on them cross-entropy and DLR mislead an attack, and robustness looks too good.
 
     Shapes: logits (n, classes). Raises: RobustkitError when every row lies in [0, 1] and sums to 1.
     """
-    inside = (logits >= 0) & (logits <= 1)
-    if inside.all() and ((logits.sum(1) - 1).abs() <= 1e-5).all():
+    if look_like_probabilities(logits).all():
         raise RobustkitError(
             "the model returns probabilities (each row lies in [0, 1] and sums to 1); "
             "return logits: leave out the softmax."

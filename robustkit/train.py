@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import sys
@@ -20,7 +19,7 @@ from robustkit import scale
 from robustkit.attacks import fgsm, pgd
 from robustkit.data import Dataset
 from robustkit.defences import DEFENCES, Defence
-from robustkit.device import hardware, modes_kept, seeded, strict_fp32
+from robustkit.device import digest, hardware, modes_kept, seeded, strict_fp32
 from robustkit.errors import RobustkitError
 from robustkit.files import write_atomically
 from robustkit.models.files import save_weights
@@ -295,10 +294,10 @@ def _averaged(model: nn.Module) -> list[Tensor]:
 
 def _check_same_start(run: Run, model: nn.Module, progress: _Progress) -> None:
     """Ranks that started apart would average what does not belong together. Raises: RobustkitError."""
-    digest = hashlib.sha256(f"{_identity(run)} {progress.step}".encode())
-    for value in model.state_dict().values():
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    if len(set(scale.shared(digest.hexdigest))) > 1:
+    if scale.world() == 1:
+        return
+    start = f"{_identity(run)} {progress.step} {digest(model.state_dict().values())}"
+    if len(set(scale.shared(lambda: start))) > 1:
         raise RobustkitError(
             "the ranks do not start from the same weights, data, settings and checkpoint; give them the same "
             "arguments and a run folder that all of them see."

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import robustkit
-from robustkit import cli, data, report
+from robustkit import report
 from robustkit.certify import page
 from robustkit.certify.certificates import PUBLISHED, Base, read_certification, read_rows
 from robustkit.certify.confidence import certified_radius
@@ -26,31 +26,7 @@ from robustkit.results import Interval
 from tests.oracle import evaluation
 from tests.test_certify_smoothing import LOG, certification
 
-
-@pytest.fixture(autouse=True)
-def offline(monkeypatch, tmp_path):
-    """Embedded digits and an empty folder to work in, whatever the shell says."""
-    monkeypatch.delenv("ROBUSTKIT_DATA", raising=False)
-    monkeypatch.delenv("ROBUSTKIT_TIER", raising=False)
-    monkeypatch.setenv("ROBUSTKIT_OFFLINE", "1")
-    monkeypatch.setenv("ROBUSTKIT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.chdir(tmp_path)
-    data._read_split.cache_clear()
-    yield
-    data._read_split.cache_clear()
-
-
-@pytest.fixture
-def run(capsys):
-    """One command in this process: its status and both streams."""
-
-    def command(*arguments):
-        capsys.readouterr()
-        status = cli.main([str(argument) for argument in arguments])
-        streams = capsys.readouterr()
-        return status, streams.out, streams.err
-
-    return command
+pytestmark = pytest.mark.usefixtures("offline")
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,7 +23,8 @@ from robustkit.results import read_evaluation
 from robustkit.train import RECIPES
 from tests.oracle import evaluation
 
-Run = Callable[..., tuple[int, str, str]]
+pytestmark = pytest.mark.usefixtures("offline")
+
 COMMANDS = (
     "doctor",
     "train",
@@ -36,32 +36,6 @@ COMMANDS = (
     "report",
     "leaderboard",
 )
-
-
-@pytest.fixture(autouse=True)
-def offline(monkeypatch, tmp_path):
-    """Embedded digits and an empty folder to work in, whatever the shell says."""
-    monkeypatch.delenv("ROBUSTKIT_DATA", raising=False)
-    monkeypatch.delenv("ROBUSTKIT_TIER", raising=False)
-    monkeypatch.setenv("ROBUSTKIT_OFFLINE", "1")
-    monkeypatch.setenv("ROBUSTKIT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.chdir(tmp_path)
-    data._read_split.cache_clear()
-    yield
-    data._read_split.cache_clear()
-
-
-@pytest.fixture
-def run(capsys) -> Run:
-    """One command in this process: its status and both streams."""
-
-    def command(*arguments: str | Path) -> tuple[int, str, str]:
-        capsys.readouterr()
-        status = cli.main([str(argument) for argument in arguments])
-        streams = capsys.readouterr()
-        return status, streams.out, streams.err
-
-    return command
 
 
 @pytest.fixture(scope="module")

@@ -138,19 +138,6 @@ def test_autoattack_takes_models_of_few_classes_as_far_as_its_losses_go():
 EPS, STEPS, STEP = 0.1, 7, 0.03
 
 
-@pytest.fixture(scope="module")
-def curved() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
-    """A smooth network: without kinks, rounding cannot turn into another sign of a gradient."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Flatten(), nn.Linear(48, 32), nn.Tanh(), nn.Linear(32, 5)).eval()
-        for parameter in model.parameters():
-            parameter.data.mul_(3)
-    x = 0.3 + 0.4 * torch.rand(16, 3, 4, 4, generator=seeded(0))
-    y = torch.randint(5, (16,), generator=seeded(1))
-    return model, x, y
-
-
 def ours_from(curved, norm: str, start: torch.Tensor) -> torch.Tensor:
     model, x, y = curved
     found = pgd(model, x, y, Ball(norm, EPS), steps=STEPS, step_size=STEP, start=start)

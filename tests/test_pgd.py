@@ -7,7 +7,6 @@ from importlib import import_module
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from robustkit.attacks import early_stopped_pgd, pgd
 from robustkit.device import Prepared, seeded
@@ -18,19 +17,6 @@ from tests.oracle import ORDER, Linear, interior, linear, margins
 
 each_norm = pytest.mark.parametrize("norm", NORMS)
 PEER_EPS, PEER_STEPS, PEER_STEP = 0.1, 7, 0.03
-
-
-@pytest.fixture(scope="module")
-def curved() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
-    """A smooth network: without kinks, rounding cannot turn into another sign of a gradient."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Flatten(), nn.Linear(48, 32), nn.Tanh(), nn.Linear(32, 5)).eval()
-        for parameter in model.parameters():
-            parameter.data.mul_(3)
-    x = 0.3 + 0.4 * torch.rand(16, 3, 4, 4, generator=seeded(0))
-    y = torch.randint(5, (16,), generator=seeded(1))
-    return model, x, y
 
 
 @each_norm

@@ -14,7 +14,6 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,8 @@ from grading.sandbox import cgroups, confine
 
 _MESSAGE_BYTES = 32 * 2**20  # the largest message that the grader takes from a kernel
 _ETC = ("ld.so.cache", "ld.so.conf", "ld.so.conf.d", "localtime", "fonts", "mime.types", "alternatives")
+_SYSTEM = ("/usr", "/sys/devices/system/cpu", *(f"/etc/{name}" for name in _ETC))
+_MERGED = ("/bin", "/sbin", "/lib", "/lib32", "/lib64")  # on most systems links into /usr
 _PROC = ("self", "cpuinfo", "meminfo", "stat", "loadavg", "sys/kernel", "sys/vm")
 
 
@@ -79,10 +80,9 @@ class SandboxProvisioner(LocalProvisioner):
         ]
         if self.tier == "bwrap":
             enter = [*self._bubble(folder, sockets), "--", *enter]
-        ours, theirs = os.pipe()  # the reading end goes to the supervisor
-        self.alive = theirs
+        self._theirs, self.alive = os.pipe()  # the supervisor reads from its end until ours is closed
         outside = {
-            "alive": ours,
+            "alive": self._theirs,
             "cgroups": [str(group) for group in self.groups],
             "watched": [str(sockets)] if self.tier == "bwrap" else [str(sockets), str(folder)],
             "budget": self.disk,
@@ -90,15 +90,14 @@ class SandboxProvisioner(LocalProvisioner):
         kwargs["cmd"] = [sys.executable, "-I", "-S", confine_file, "supervise", json.dumps(outside), *enter]
         kwargs["env"] = {"PATH": os.environ.get("PATH", os.defpath)}
         kwargs["cwd"] = str(sockets)
-        kwargs["pass_fds"] = (ours,)
-        self._ours = ours
+        kwargs["pass_fds"] = (self._theirs,)
         return kwargs
 
     async def launch_kernel(self, cmd: list[str], **kwargs: Any) -> Any:
         try:
             return await super().launch_kernel(cmd, **kwargs)
         finally:
-            os.close(self._ours)
+            os.close(self._theirs)
 
     async def post_launch(self, **kwargs: Any) -> None:
         await super().post_launch(**kwargs)
@@ -146,9 +145,8 @@ class SandboxProvisioner(LocalProvisioner):
         if not self.groups:
             limits["as"] = self.memory
             limits["nproc"] = self.processes + (_own_tasks() if on_host else 0)
-        read = ["/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", *self._readable(), str(sockets)]
-        read += [f"/etc/{name}" for name in _ETC] + [f"/proc/{name}" for name in _PROC]
-        read += ["/dev/urandom", "/dev/random", "/dev/zero", "/sys/devices/system/cpu", str(confine.__file__)]
+        read = [*_MERGED, *self._readable(), str(confine.__file__)]
+        read += [f"/proc/{name}" for name in _PROC] + ["/dev/urandom", "/dev/random", "/dev/zero"]
         if not on_host:
             read.append("/")  # nothing is in it but what bubblewrap put there
         return {
@@ -157,7 +155,7 @@ class SandboxProvisioner(LocalProvisioner):
             "environment": environment,
             "on_host": on_host,
             "landlock": {
-                "read": [path for path in read if path != str(sockets)],
+                "read": read,
                 "write": [str(folder), "/dev/null", *([] if on_host else ["/tmp", "/dev/shm", "/proc"])],
                 "sockets": [str(sockets)],
                 "lists": ["/proc"],
@@ -172,19 +170,14 @@ class SandboxProvisioner(LocalProvisioner):
         command += ["--proc", "/proc", "--dev", "/dev"]
         for place in ("/tmp", "/dev/shm"):
             command += [*size, "--tmpfs", place]
-        for name in ("/bin", "/sbin", "/lib", "/lib32", "/lib64"):
+        for name in _MERGED:
             link = Path(name)
             command += (
                 ["--symlink", str(link.readlink()), name]
                 if link.is_symlink()
                 else ["--ro-bind-try", name, name]
             )
-        for path in [
-            "/usr",
-            *self._readable(),
-            *(f"/etc/{name}" for name in _ETC),
-            "/sys/devices/system/cpu",
-        ]:
+        for path in self._readable():
             command += ["--ro-bind-try", path, path]
         command += ["--ro-bind", str(confine.__file__), str(confine.__file__)]
         command += [*size, "--tmpfs", str(folder), "--bind", str(sockets), str(sockets)]
@@ -195,7 +188,7 @@ class SandboxProvisioner(LocalProvisioner):
 
     def _readable(self) -> list[str]:
         package = str(Path(robustkit.__file__).resolve().parent)
-        paths: Iterable[str] = {sys.prefix, sys.base_prefix, package, *self.readable}
+        paths = {*_SYSTEM, sys.prefix, sys.base_prefix, package, *self.readable}
         return sorted(paths, key=len)  # a folder is bound before what lies in it
 
 

@@ -94,14 +94,6 @@ def _random_state(seed: int) -> Iterator[None]:
         random.setstate(of_python)
 
 
-def _classes(model: Model, x: Tensor, y: Tensor) -> int:
-    """How many logits the model gives, from one image; refuses labels and logits that no peer would."""
-    with torch.no_grad(), attackable(model):
-        logits = model(x[:1])
-    check_logits(logits, y.max()[None])
-    return logits.shape[1]
-
-
 def _borrow(
     attack: Callable[[nn.Module, Tensor, Tensor, int], Tensor],
     model: Model,
@@ -141,11 +133,15 @@ def _borrow(
     return candidates
 
 
-def _check(name: str, x: Tensor, y: Tensor, ball: Ball, norms: tuple[str, ...]) -> None:
-    """Refuse what a peer cannot do. Raises: RobustkitError."""
+def _check(name: str, model: Model, x: Tensor, y: Tensor, ball: Ball, norms: tuple[str, ...]) -> int:
+    """Refuse what a peer cannot do; how many logits the model gives, from one image. Raises: RobustkitError."""
     check_batch(x, y)
     if ball.norm not in norms:
         raise RobustkitError(f"{name} has no {ball.norm} form; give it a Ball with {' or '.join(norms)}.")
+    with torch.no_grad(), attackable(model):
+        logits = model(x[:1])
+    check_logits(logits, y.max()[None])
+    return logits.shape[1]
 
 
 # --- AutoAttack, as pyautoattack packages it --------------------------------------------------------
@@ -155,12 +151,11 @@ def _autoattack(
     part: str | None, model: Model, x: Tensor, y: Tensor, ball: Ball, generator: torch.Generator | None
 ) -> Tensor:
     name = f"autoattack-{part}" if part else "autoattack"
-    _check(name, x, y, ball, ("Linf", "L2", "L1"))
+    classes = _check(name, model, x, y, ball, ("Linf", "L2", "L1"))
     if part in (None, "square") and x.dim() != 4:
         raise RobustkitError(
             f"{name} changes squares of images, shape (n, channels, height, width); got {tuple(x.shape)}."
         )
-    classes = _classes(model, x, y)
     if part in (None, "apgd-t") and classes < 4:
         raise RobustkitError(
             f"{name} divides by the gap between the first and the fourth logit; the model has {classes}. "
@@ -270,8 +265,7 @@ def cleverhans_fgsm(
     Shapes, units: as `robustkit.attacks.fgsm`. Randomness: none.
     Raises: RobustkitError for unusable input, or a missing library.
     """
-    _check("cleverhans-fgsm", x, y, ball, tuple(ORDER))
-    _classes(model, x, y)
+    _check("cleverhans-fgsm", model, x, y, ball, tuple(ORDER))
     module = _peer("cleverhans.torch.attacks.fast_gradient_method")
 
     def attack(model: nn.Module, x: Tensor, y: Tensor, seed: int) -> Tensor:
@@ -302,11 +296,10 @@ def cleverhans_pgd(
     Raises: RobustkitError for norms other than Linf and L2, a step longer than eps, unusable input, or a
     missing library.
     """
-    _check("cleverhans-pgd", x, y, ball, LP)
+    _check("cleverhans-pgd", model, x, y, ball, LP)
     step = _step_size(ball, steps, step_size)
     if step > ball.eps:
         raise RobustkitError(f"cleverhans-pgd takes no step longer than eps; got {step:.4g} for {ball}.")
-    _classes(model, x, y)
     module = _peer("cleverhans.torch.attacks.projected_gradient_descent")
 
     def attack(model: nn.Module, x: Tensor, y: Tensor, seed: int) -> Tensor:
@@ -346,8 +339,7 @@ def cleverhans_cw_l2(
     Shapes, units: as `robustkit.attacks.pgd`. Randomness: none.
     Raises: RobustkitError for norms other than L2, unusable input, or a missing library.
     """
-    _check("cleverhans-cw-l2", x, y, ball, ("L2",))
-    classes = _classes(model, x, y)
+    classes = _check("cleverhans-cw-l2", model, x, y, ball, ("L2",))
     module = _peer("cleverhans.torch.attacks.carlini_wagner_l2")
 
     def attack(model: nn.Module, x: Tensor, y: Tensor, seed: int) -> Tensor:
@@ -385,8 +377,7 @@ def cleverhans_spsa(
     Shapes, units: as `robustkit.attacks.pgd`. Randomness: from `generator`.
     Raises: RobustkitError for norms other than Linf and L2, unusable input, or a missing library.
     """
-    _check("cleverhans-spsa", x, y, ball, LP)
-    _classes(model, x, y)
+    _check("cleverhans-spsa", model, x, y, ball, LP)
     module = _peer("cleverhans.torch.attacks.spsa")
 
     def attack(model: nn.Module, x: Tensor, y: Tensor, seed: int) -> Tensor:
@@ -425,8 +416,7 @@ def cleverhans_hop_skip_jump(
     Shapes, units: as `robustkit.attacks.pgd`. Randomness: from `generator`.
     Raises: RobustkitError for norms other than L2, unusable input, or a missing library.
     """
-    _check("cleverhans-hop-skip-jump", x, y, ball, ("L2",))
-    _classes(model, x, y)
+    _check("cleverhans-hop-skip-jump", model, x, y, ball, ("L2",))
     module = _peer("cleverhans.torch.attacks.hop_skip_jump_attack")
 
     def attack(model: nn.Module, x: Tensor, y: Tensor, seed: int) -> Tensor:
@@ -454,6 +444,7 @@ def cleverhans_hop_skip_jump(
 
 def _art(
     name: str,
+    classes: int,
     settings: dict[str, Any],
     model: Model,
     x: Tensor,
@@ -462,7 +453,6 @@ def _art(
     generator: torch.Generator | None,
 ) -> Tensor:
     """The candidates of the ART attack of this class name."""
-    classes = _classes(model, x, y)
     kind = getattr(_peer("art.attacks.evasion"), name)
 
     def attack(model: nn.Module, x: Tensor, y: Tensor, seed: int) -> Tensor:
@@ -493,8 +483,8 @@ def art_fgsm(
     Shapes, units: as `robustkit.attacks.fgsm`. Randomness: none.
     Raises: RobustkitError for norms other than Linf and L2, unusable input, or a missing library.
     """
-    _check("art-fgsm", x, y, ball, LP)
-    return _art("FastGradientMethod", {"eps": ball.eps}, model, x, y, ball, generator)
+    classes = _check("art-fgsm", model, x, y, ball, LP)
+    return _art("FastGradientMethod", classes, {"eps": ball.eps}, model, x, y, ball, generator)
 
 
 def art_pgd(
@@ -514,7 +504,7 @@ def art_pgd(
     Shapes, units: as `robustkit.attacks.pgd`, whose default step it gets. Randomness: the start.
     Raises: RobustkitError for norms other than Linf and L2, unusable input, or a missing library.
     """
-    _check("art-pgd", x, y, ball, LP)
+    classes = _check("art-pgd", model, x, y, ball, LP)
     settings = {
         "eps": ball.eps,
         "eps_step": _step_size(ball, steps, step_size),
@@ -522,7 +512,7 @@ def art_pgd(
         "num_random_init": int(random_start),
         "verbose": False,
     }
-    return _art("ProjectedGradientDescent", settings, model, x, y, ball, generator)
+    return _art("ProjectedGradientDescent", classes, settings, model, x, y, ball, generator)
 
 
 def art_square(
@@ -540,9 +530,9 @@ def art_square(
     Shapes, units: as `robustkit.attacks.square`. Randomness: from `generator`.
     Raises: RobustkitError for norms other than Linf and L2, unusable input, or a missing library.
     """
-    _check("art-square", x, y, ball, LP)
+    classes = _check("art-square", model, x, y, ball, LP)
     settings = {"eps": ball.eps, "max_iter": queries, "verbose": False}
-    return _art("SquareAttack", settings, model, x, y, ball, generator)
+    return _art("SquareAttack", classes, settings, model, x, y, ball, generator)
 
 
 def art_hop_skip_jump(
@@ -561,8 +551,7 @@ def art_hop_skip_jump(
     Shapes, units: as `robustkit.attacks.pgd`. Randomness: from `generator`.
     Raises: RobustkitError for norms other than Linf and L2, unusable input, or a missing library.
     """
-    _check("art-hop-skip-jump", x, y, ball, LP)
-    classes = _classes(model, x, y)
+    classes = _check("art-hop-skip-jump", model, x, y, ball, LP)
     kind = _peer("art.attacks.evasion").HopSkipJump
 
     def attack(model: nn.Module, x: Tensor, y: Tensor, seed: int) -> Tensor:
@@ -592,8 +581,7 @@ def foolbox_fgsm(
     Shapes, units: as `robustkit.attacks.fgsm`. Randomness: none.
     Raises: RobustkitError for norms other than Linf and L2, unusable input, or a missing library.
     """
-    _check("foolbox-fgsm", x, y, ball, LP)
-    _classes(model, x, y)
+    _check("foolbox-fgsm", model, x, y, ball, LP)
     foolbox = _peer("foolbox")
 
     def attack(model: nn.Module, x: Tensor, y: Tensor, seed: int) -> Tensor:
@@ -621,9 +609,8 @@ def foolbox_pgd(
     Shapes, units: as `robustkit.attacks.pgd`, whose default step it gets. Randomness: the start.
     Raises: RobustkitError for norms other than Linf and L2, unusable input, or a missing library.
     """
-    _check("foolbox-pgd", x, y, ball, LP)
+    _check("foolbox-pgd", model, x, y, ball, LP)
     step = _step_size(ball, steps, step_size)
-    _classes(model, x, y)
     foolbox = _peer("foolbox")
 
     def attack(model: nn.Module, x: Tensor, y: Tensor, seed: int) -> Tensor:
@@ -650,8 +637,7 @@ def foolbox_ddn(
     Shapes, units: as `robustkit.attacks.pgd`. Randomness: none.
     Raises: RobustkitError for norms other than L2, unusable input, or a missing library.
     """
-    _check("foolbox-ddn", x, y, ball, ("L2",))
-    _classes(model, x, y)
+    _check("foolbox-ddn", model, x, y, ball, ("L2",))
     foolbox = _peer("foolbox")
 
     def attack(model: nn.Module, x: Tensor, y: Tensor, seed: int) -> Tensor:
@@ -679,8 +665,7 @@ def foolbox_boundary(
     Shapes, units: as `robustkit.attacks.pgd`. Randomness: from `generator`.
     Raises: RobustkitError for norms other than L2, unusable input, or a missing library.
     """
-    _check("foolbox-boundary", x, y, ball, ("L2",))
-    _classes(model, x, y)
+    _check("foolbox-boundary", model, x, y, ball, ("L2",))
     foolbox = _peer("foolbox")
 
     def attack(model: nn.Module, x: Tensor, y: Tensor, seed: int) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any, Self
 
 from robustkit.certify.confidence import certified_radius, least_samples, lower_bound
 from robustkit.errors import RobustkitError
-from robustkit.results import Hardware, Interval, Provenance, _build, _parse
+from robustkit.results import Hardware, Interval, Provenance, from_json, read
 
 ABSTAIN = -1  # the prediction of a smoothed classifier whose votes do not decide
 COLLAPSE = 0.2  # accuracy that a base classifier may lose to the noise before we doubt it was trained on it
@@ -154,13 +154,7 @@ class Certification:
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        record = _parse(text, cls.__name__)
-        try:
-            result: Self = _build(cls, record, cls.__name__)
-        except (KeyError, TypeError, OverflowError) as error:
-            raise RobustkitError(
-                f"this JSON is not a complete {cls.__name__} record ({error}); make it again with `robustkit certify`."
-            ) from error
+        result: Self = from_json(cls, text, "robustkit certify")
         return result
 
 
@@ -194,10 +188,7 @@ def totals(rows: Sequence[Row]) -> dict[str, Any]:
         "n": len(rows),
         "abstained": sum(row.prediction == ABSTAIN for row in rows),
         "average_certified_radius": average_radius(rows),
-        "certified": [
-            {"radius": radius, "share": share.share, "k": share.k, "low": share.low, "high": share.high}
-            for radius, share in curve(rows)
-        ],
+        "certified": [{"radius": radius, **share.record()} for radius, share in curve(rows)],
     }
 
 
@@ -310,15 +301,4 @@ def is_certification(path: Path) -> bool:
 
 def read_certification(path: Path) -> Certification:
     """The certification stored at `path`. Raises: RobustkitError, naming the file."""
-    try:
-        return Certification.from_json(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RobustkitError(
-            f"{path} cannot be read ({error.strerror}); run `robustkit certify` first."
-        ) from error
-    except UnicodeDecodeError as error:
-        raise RobustkitError(
-            f"{path} is not a text file; pass the JSON that `robustkit certify` wrote."
-        ) from error
-    except RobustkitError as error:
-        raise RobustkitError(f"{path}: {error}") from error
+    return read(Certification, path, "robustkit certify")

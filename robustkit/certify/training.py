@@ -103,9 +103,7 @@ def ibp(
     Source: Gowal et al. 2018 (arXiv 1810.12715), equation 10. The clean loss's share falls from 1 to
     `kappa` while the schedule raises eps from zero to `full_eps`.
     """
-    clean = 1 - (1 - kappa) * min(ball.eps / full_eps, 1.0)
-    worst = F.cross_entropy(-ibp_margins(model, x, y, ball), y)
-    return clean * F.cross_entropy(model(x), y) + (1 - clean) * worst
+    return _mixed(model, x, y, ibp_margins(model, x, y, ball), kappa, min(ball.eps / full_eps, 1.0))
 
 
 def crown_ibp(
@@ -123,8 +121,13 @@ def crown_ibp(
     Source: Zhang et al. 2020 (arXiv 1906.06316), equation 11: beta falls from 1 to 0 as eps rises.
     """
     reached = min(ball.eps / full_eps, 1.0)
-    clean = 1 - (1 - kappa) * reached
     margins = ibp_margins(model, x, y, ball)
     if reached < 1:
         margins = reached * margins + (1 - reached) * crown_ibp_margins(model, x, y, ball)
+    return _mixed(model, x, y, margins, kappa, reached)
+
+
+def _mixed(model: nn.Module, x: Tensor, y: Tensor, margins: Tensor, kappa: float, reached: float) -> Tensor:
+    """Clean and worst-case cross-entropy; the clean share falls to `kappa` as eps has `reached` its full size."""
+    clean = 1 - (1 - kappa) * reached
     return clean * F.cross_entropy(model(x), y) + (1 - clean) * F.cross_entropy(-margins, y)
