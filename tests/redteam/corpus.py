@@ -399,7 +399,7 @@ for child in children: os.kill(child, signal.SIGKILL); os.waitpid(child, 0)""",
 blocks = []
 try:
     for _ in range(@MEMORY_MB@ // 32): blocks.append(b"x" * (64 << 20))
-    print("LEAK has MB", 64 * len(blocks))
+    print("LE" + "AK has MB", 64 * len(blocks))
 except MemoryError: blocks.clear(); print("MemoryError")""",
         },
         5.0,
