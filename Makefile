@@ -12,6 +12,11 @@ LAB_ARGS ?=
 # spinning keeps most of the speed of a quiet machine (18,000 passes a second of 22,000).
 export GOMP_SPINCOUNT ?= 1000
 
+# Files of tests share the processors, one process and one thread of torch each: small networks gain nothing
+# from a second thread.
+PARALLEL := OMP_NUM_THREADS=1
+IN_FILES := -n logical --maxprocesses 4 --dist loadfile
+
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test check lint notebooks redteam lab bench clean distclean
 
@@ -26,10 +31,10 @@ demo: setup ## grade a class of example submissions to lesson 1, from build to c
 
 # pytest comes last, so that its summary is the last line of a green run.
 test: setup lint notebooks ## everything that CI runs: lint, types, course build, notebooks, all tests
-	$(RUN) python -m pytest -m "not redteam"
+	$(RUN) $(PARALLEL) python -m pytest $(IN_FILES) -m "not redteam"
 
 check: setup lint ## the quick half of test: lint, types, course build, fast tests
-	$(RUN) python -m pytest -m "not slow and not browser and not redteam"
+	$(RUN) $(PARALLEL) python -m pytest $(IN_FILES) -m "not slow and not browser and not redteam"
 
 lint: setup ## ruff, mypy, and that course/ is what solutions/ generates
 	$(RUN) python -m ruff check
@@ -39,7 +44,7 @@ lint: setup ## ruff, mypy, and that course/ is what solutions/ generates
 
 # A run of its own: in a notebook a third party's warning is output to look at, not an error.
 notebooks: setup ## execute every solution notebook in the smoke tier
-	$(RUN) ROBUSTKIT_TIER=smoke python -m pytest -W default --nbval-lax --nbval-current-env \
+	$(RUN) $(PARALLEL) ROBUSTKIT_TIER=smoke python -m pytest $(IN_FILES) -W default --nbval-lax --nbval-current-env \
 	    --nbval-cell-timeout=600 solutions
 
 # A sample of the corpus is in `make test`; the whole takes about ten minutes.

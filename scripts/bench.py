@@ -57,7 +57,7 @@ PLAN = [
     ("mnist", "Linf", 40, 5, 256),
     ("mnist", "L2", 40, 3, 256),
     ("mnist", "Linf", 1, 12, 256),
-    ("resnet20", "Linf", 40, 3, 32),
+    ("resnet20", "Linf", 40, 3, 64),
     ("resnet20", "Linf", 1, 5, 64),
 ]
 QUICK = [("mnist", "Linf", 4, 2, 64), ("resnet20", "Linf", 4, 2, 32)]
