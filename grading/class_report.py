@@ -1,4 +1,4 @@
-"""Scorecards -> one static page on a class: who stands where, and which exercise failed to teach.
+"""Scorecards -> one static page on a class: who stands where, which exercise failed to teach, whose model holds.
 
 Every figure is a function of plain data, and every plotted series is a table too.
 """
@@ -6,6 +6,7 @@ Every figure is a function of plain data, and every plotted series is a table to
 from __future__ import annotations
 
 import base64
+import statistics
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,10 +16,21 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from grading import feedback
-from grading.records import CRASHED, NOT_REACHED, PASSED, REFUSED, TAMPERED, TIMED_OUT
-from grading.score import Scorecard
-from robustkit.figures import COLOURS, HATCHES, png
+from grading.records import (
+    CRASHED,
+    MISSING,
+    NOT_IMPLEMENTED,
+    NOT_REACHED,
+    PASSED,
+    REFUSED,
+    TAMPERED,
+    TIMED_OUT,
+    Mark,
+)
+from grading.score import ExerciseScore, Scorecard
+from robustkit.figures import COLOURS, HATCHES, MARKERS, png
 from robustkit.files import write_atomically
+from robustkit.results import Interval
 
 MOST_CODES = 12
 _TROUBLE = {
@@ -26,8 +38,12 @@ _TROUBLE = {
     CRASHED: "the kernel died",
     TIMED_OUT: "ran too long",
     TAMPERED: "evidence that cannot be read",
-    "restored": "locked cells had been changed",
+    "restored": "had changed what is locked; it was put back",
 }
+_OMITTED = (NOT_IMPLEMENTED, MISSING, NOT_REACHED)
+_PLAIN = {"NOT_ROBUST"}  # a model that is only weak is ranked; one under any other code is not
+FEW = 10  # submissions, below which a correlation says nothing
+WEAK = 0.2  # a correlation below this is worth a look
 
 
 @dataclass(frozen=True)
@@ -44,6 +60,42 @@ class Share:
 
 
 @dataclass(frozen=True)
+class Item:
+    """How one exercise worked as a question, over the submissions that were run.
+
+    Source: classical test theory (Lord & Novick 1968). `difficulty` is the mean share of its points that was
+    earned; `discrimination` the correlation of its points with those of all other exercises, None where one of
+    the two is the same for everybody; `omitted` how many left it as it was, or were stopped before it.
+    """
+
+    title: str
+    n: int
+    difficulty: float
+    discrimination: float | None
+    omitted: int
+    code: str  # the most frequent one, with the number of submissions that met it
+
+    @property
+    def remark(self) -> str:
+        """What an instructor should look at first, if anything."""
+        if self.n >= FEW and self.discrimination is not None and self.discrimination < WEAK:
+            return "those who did well elsewhere did not do well here: read its check and its text"
+        if 2 * self.omitted > self.n:
+            return "more than half left it out: too long, or stopped before it"
+        return ""
+
+
+@dataclass(frozen=True)
+class Standing:
+    """One submitted model: what the judge measured of it."""
+
+    student: str
+    clean: Interval
+    robust: Interval
+    doubt: str  # the code for which it is not ranked; empty where it is
+
+
+@dataclass(frozen=True)
 class LessonReport:
     """One lesson's part of the page, as plain data."""
 
@@ -51,7 +103,10 @@ class LessonReport:
     title: str
     cards: tuple[Scorecard, ...]
     bins: tuple[tuple[str, int], ...]  # tenths of the autograded points -> submissions
+    spread: str  # the distribution in one sentence
     exercises: tuple[Share, ...]
+    items: tuple[Item, ...]
+    standings: tuple[Standing, ...]  # the most robust first, those that are not ranked last
     criteria: tuple[tuple[str, Share], ...]  # exercise title, criterion
     codes: tuple[tuple[str, int], ...]  # code -> submissions that met it, most frequent first
     trouble: tuple[tuple[str, tuple[str, ...]], ...]  # what happened -> to whom
@@ -88,11 +143,58 @@ def _lesson(cards: tuple[Scorecard, ...]) -> LessonReport:
         cards[0].title,
         cards,
         tuple((f"{10 * i} to {10 * i + 10} %", tenths[i]) for i in range(10)),
+        _spread([100 * card.autograded / card.autograded_maximum for card in cards]),
         tuple(exercises),
+        tuple(_item(ran, position) for position in range(len(cards[0].exercises))) if ran else (),
+        standings(ran),
         tuple(criteria),
         tuple(sorted(codes.items(), key=lambda item: (-item[1], item[0]))[:MOST_CODES]),
         tuple((text, who) for kind, text in _TROUBLE.items() if (who := _who(cards, kind))),
     )
+
+
+def _spread(percents: Sequence[float]) -> str:
+    text = f"n = {len(percents)}, mean {statistics.mean(percents):.0f} %, median {statistics.median(percents):.0f} %"
+    return text + (f", standard deviation {statistics.stdev(percents):.0f} points" if percents[1:] else "")
+
+
+def _item(cards: Sequence[Scorecard], position: int) -> Item:
+    scores = [card.exercises[position] for card in cards]
+    points = [score.points for score in scores]
+    rest = [card.autograded - own for card, own in zip(cards, points, strict=True)]
+    met = Counter(code for score in scores for code in score.codes)
+    code, count = min(met.items(), key=lambda entry: (-entry[1], entry[0]), default=("", 0))
+    return Item(
+        scores[0].title,
+        len(scores),
+        statistics.mean(points) / scores[0].maximum,
+        statistics.correlation(points, rest) if min(len(set(points)), len(set(rest))) > 1 else None,
+        sum(all(mark.outcome in _OMITTED for mark in score.marks) for score in scores),
+        f"{code} ({count})" if code else "",
+    )
+
+
+def standings(cards: Sequence[Scorecard]) -> tuple[Standing, ...]:
+    """The models that were handed in, by what the judge measured: the share that survives its attacks.
+
+    A model that the audit doubts has a figure, and no rank: its attacks may be what failed.
+    """
+    found = []
+    for card in cards:
+        for exercise in card.exercises:
+            measured = _measured(exercise)
+            if measured:
+                robust = measured[-1]
+                doubts = [note.code for note in robust.notes if note.code not in _PLAIN]
+                shares = [Interval(*mark.measured) for mark in measured if mark.measured]
+                found.append(Standing(card.student, shares[0], shares[-1], doubts[0] if doubts else ""))
+    return tuple(sorted(found, key=lambda one: (bool(one.doubt), -one.robust.share, one.student)))
+
+
+def _measured(exercise: ExerciseScore) -> list[Mark]:
+    """Its marks with a measured share: the clean accuracy first, the robust accuracy last."""
+    marks = [mark for mark in exercise.marks if mark.measured]
+    return marks if len(marks) > 1 else []
 
 
 def _who(cards: Sequence[Scorecard], kind: str) -> tuple[str, ...]:
@@ -164,6 +266,27 @@ def frequencies(codes: Sequence[tuple[str, int]]) -> Figure:
     return figure
 
 
+def intervals(entries: Sequence[Standing]) -> Figure:
+    """Robust accuracy with its interval, model by model; those that are not ranked have a hollow square."""
+    figure = Figure(figsize=(8, 0.9 + 0.34 * len(entries)))
+    axes = figure.subplots()
+    for row, entry in enumerate(entries):
+        low, high, at = 100 * entry.robust.low, 100 * entry.robust.high, 100 * entry.robust.share
+        axes.plot([low, high], [row, row], color=COLOURS[0], linewidth=1.2)
+        axes.plot(
+            [at],
+            [row],
+            marker=MARKERS[1 if entry.doubt else 0],
+            color=COLOURS[5 if entry.doubt else 2],
+            fillstyle="none" if entry.doubt else "full",
+        )
+    axes.set_yticks(range(len(entries)), [entry.student for entry in entries])
+    axes.invert_yaxis()
+    axes.set_xlim(-2, 102)
+    axes.set_xlabel("robust accuracy, in %, with its 95 % interval (hollow square: not ranked)")
+    return figure
+
+
 def _pictures(lesson: LessonReport) -> dict[str, Picture]:
     full = max(lesson.bins, key=lambda entry: entry[1])
     found = {
@@ -176,6 +299,11 @@ def _pictures(lesson: LessonReport) -> dict[str, Picture]:
         weakest = min(lesson.exercises, key=lambda entry: entry.share)
         alt = f"Bar chart of the share earned by exercise; the least is {weakest.title} with {weakest.share:.0%}."
         found["shares"] = _picture(shares(lesson.exercises), alt)
+    if lesson.standings:
+        best = lesson.standings[0]
+        first = f"the first is {best.student} with {best.robust}" if not best.doubt else "none is ranked"
+        alt = f"Robust accuracy of {len(lesson.standings)} models with 95 % intervals; {first}."
+        found["standings"] = _picture(intervals(lesson.standings), alt)
     if lesson.codes:
         code, count = lesson.codes[0]
         alt = f"Bar chart of the most frequent codes; the first is {code}, in {count} submissions."
@@ -198,6 +326,7 @@ def render(cards: Sequence[Scorecard]) -> str:
         submissions=len(cards),
         number=feedback.number,
         missed=missed,
+        few=FEW,
     )
 
 

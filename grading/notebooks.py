@@ -109,7 +109,7 @@ def solution_id(exercise_id: str) -> str:
 
 
 def restore(submitted: NotebookNode, release: NotebookNode) -> tuple[NotebookNode, tuple[str, ...]]:
-    """The submission rebuilt on the release, and the ids of the locked cells that had to be put back.
+    """The submission rebuilt on the release, and the ids of the cells of which something had to be put back.
 
     Cells that the learner added stay where they stand, without metadata. A solution cell that was deleted
     comes back as the release has it. Raises: RobustkitError when a released cell occurs twice or none occurs.
@@ -131,6 +131,8 @@ def restore(submitted: NotebookNode, release: NotebookNode) -> tuple[NotebookNod
             cells.append(_own(cell))
             continue
         original = copy.deepcopy(reference[name])
+        if cell.metadata["nbgrader"] != original.metadata["nbgrader"]:
+            restored.append(name)  # its points, its flags or its checksum
         if is_solution(original):
             original.source = cell.source
         elif cell.source != original.source or cell.cell_type != original.cell_type:

@@ -36,7 +36,7 @@ class Run:
     tier: str
     submission: str  # the sha256 of the submitted notebook
     robustkit: str
-    restored: tuple[str, ...]  # locked cells that had been changed or deleted
+    restored: tuple[str, ...]  # cells of which what is locked had been changed or deleted
     errors: int  # cells that raised
     seconds: float
     exercises: tuple[Collected, ...]
@@ -61,6 +61,7 @@ class Mark:
     outcome: str
     notes: tuple[Note, ...]
     evidence: str
+    measured: tuple[int, int] | None = None  # k of n, where the judge measured a share
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,9 @@ def read_records(path: Path) -> Records:
 
 
 def read_mark(entry: dict[str, Any]) -> Mark:
-    return Mark(**{**entry, "notes": tuple(Note(**note) for note in entry["notes"])})
+    notes = tuple(Note(**note) for note in entry["notes"])
+    measured = entry.get("measured")
+    return Mark(**{**entry, "notes": notes, "measured": measured and tuple(measured)})
 
 
 def read_fields(path: Path, kind: str) -> dict[str, Any]:

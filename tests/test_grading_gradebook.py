@@ -141,7 +141,7 @@ def test_class_report_has_a_table_for_every_figure_and_opens_offline(graded):
     cards = grade.scorecards(workspace)
     page = class_report.render(cards)
     assert page.count("<img ") == page.count('alt="Bar chart')
-    assert page.count("<table>") == page.count("<caption>") == 4
+    assert page.count("<table>") == page.count("<caption>") == 5
     assert 'src="data:' in page
     assert "http" not in page.replace("http-equiv", "")
     assert "not-json" in page
