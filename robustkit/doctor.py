@@ -101,6 +101,15 @@ LESSON_WORK: dict[str, tuple[float, tuple[Training | Attacking, ...]]] = {
             *[Attacking("pgd-40", _STRONG)] * 18,
         ),
     ),
+    "05-empirical-or-certified": (
+        40.0,
+        (
+            # Votes are forward passes, as the draws of noise are: for answers and for certificates.
+            Attacking("noise", {"smoke": 270, "standard": 18_000, "full": 262_000}),
+            # Each model in each ball, in steps of 40; gradients of the votes.
+            Attacking("pgd-40", {"smoke": 142, "standard": 34_000, "full": 614_000}, share=0.9),
+        ),
+    ),
 }
 
 
