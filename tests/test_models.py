@@ -248,7 +248,5 @@ def test_trained_weights_other_than_those_of_the_card_are_refused_in_a_sentence(
 
 
 def test_an_unknown_trained_model_is_refused_with_the_known_ones():
-    with pytest.raises(
-        RobustkitError, match=r"'mnist-trades' is unknown; choose one of .*mnist-clean, "
-    ):
+    with pytest.raises(RobustkitError, match=r"'mnist-trades' is unknown; choose one of .*mnist-clean, "):
         pretrained("mnist-trades")
