@@ -53,6 +53,9 @@ if TYPE_CHECKING:
     from robustkit.models import load_weights as load_weights
     from robustkit.models import pretrained as pretrained
     from robustkit.models import save_weights as save_weights
+    from robustkit.recipes import RECIPES as RECIPES
+    from robustkit.recipes import Recipe as Recipe
+    from robustkit.recipes import find_recipe as find_recipe
     from robustkit.results import Evaluation as Evaluation
     from robustkit.results import Interval as Interval
     from robustkit.results import Provenance as Provenance
@@ -61,10 +64,7 @@ if TYPE_CHECKING:
     from robustkit.threat import RotationTranslation as RotationTranslation
     from robustkit.threat import ThreatModel as ThreatModel
     from robustkit.threat import white_box as white_box
-    from robustkit.train import RECIPES as RECIPES
-    from robustkit.train import Recipe as Recipe
     from robustkit.train import Schedule as Schedule
-    from robustkit.train import find_recipe as find_recipe
     from robustkit.wrappers import BPDA as BPDA
     from robustkit.wrappers import EOT as EOT
 
@@ -86,7 +86,8 @@ _HOME = {
         "report": "report",
         "results": "results Evaluation Interval Provenance read_evaluation",
         "threat": "threat Ball RotationTranslation ThreatModel white_box",
-        "train": "train RECIPES Recipe Schedule find_recipe",
+        "recipes": "RECIPES Recipe find_recipe",
+        "train": "train Schedule",
         "wrappers": "BPDA EOT",
     }.items()
     for name in names.split()

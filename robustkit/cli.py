@@ -104,21 +104,25 @@ def _as_rank(command: Callable[[argparse.Namespace], int]) -> Callable[[argparse
 
 @_as_rank
 def _train(options: argparse.Namespace) -> int:
-    from robustkit import data, device, models, scale, train
+    import torch
 
-    recipe = train.find_recipe(options.recipe)
+    from robustkit import data, device, models, recipes, scale, train
+
+    recipe = recipes.find_recipe(options.recipe)
     out: Path = options.out or Path("runs") / recipe.name
     _check_run_folder(out, resume=options.resume)
     tier = options.tier or device.tier()
     out.mkdir(parents=True, exist_ok=True)  # now, not when the first epoch is over
     place = device.pick_device()
-    images = data.load(recipe.dataset, "train", limit=recipe.limits[tier], seed=options.seed, device=place)
+    schedule = replace(recipe.schedules[tier], shards=options.shards)
+    load = functools.partial(data.load, seed=options.seed, device=place, dtype=torch.uint8)
     run = train.train(
         models.build(recipe.model, seed=options.seed).to(place),
-        images,
-        train.defence_of(recipe),
+        load(recipe.dataset, recipe.split, limit=recipe.limits[tier]),
+        recipes.defence_of(recipe),
         recipe.ball,
-        replace(recipe.schedules[tier], shards=options.shards),
+        schedule,
+        held_out=load(*recipe.held_out, limit=schedule.watched) if recipe.held_out else None,
         seed=options.seed,
         recipe=recipe.name,
         tier=tier,
@@ -455,7 +459,7 @@ def _run_text(run: Run, out: Path) -> str:
         ]
         for epoch in run.history
     ]
-    monitored = run.history[-1].clean.n
+    watched = "training" if run.held_out is None else f"held-out ({run.held_out.dataset})"
     return "\n".join(
         [
             f"{run.recipe}, {run.tier} tier, seed {run.seed}: {run.n:,} training images, ball {run.ball}",
@@ -464,8 +468,8 @@ def _run_text(run: Run, out: Path) -> str:
             "",
             *_columns(["epoch", "loss", "clean", "FGSM", "PGD-10", "seconds", "alarm"], rows),
             "",
-            f"Accuracies on the same {monitored} training images, to watch the run by; "
-            "`robustkit evaluate` measures robustness on the test split.",
+            f"Accuracies on the same {run.history[-1].clean.n} {watched} images, to watch the run by; the weights "
+            f"are those of epoch {run.selected}. `robustkit evaluate` measures robustness on the test split.",
             f"written: {out / 'model.safetensors'}, {out / 'run.json'}",
         ]
     )
@@ -766,7 +770,7 @@ def _parser() -> argparse.ArgumentParser:
         "robustkit train mnist-pgd --tier smoke --out runs/first",
     )
     train.add_argument(
-        "recipe", metavar="RECIPE", help="e.g. mnist-clean, mnist-fgsm, mnist-rs-fgsm, mnist-pgd"
+        "recipe", metavar="RECIPE", help="e.g. mnist-pgd, cifar10-l2-smoke, or a file: mine.toml"
     )
     train.add_argument("--tier", **tier)
     train.add_argument("--seed", **seed)

@@ -47,6 +47,8 @@ DIGIT_CLASSES = tuple("0123456789")
 # How many JPEGs of each class, counted from 0000, have their original in cifar10-lossless-4k.
 _HELD_OUT = dict(zip(CIFAR10_CLASSES, (396, 366, 420, 384, 422, 393, 414, 385, 407, 413), strict=True))
 
+_FITTED = 48_000  # images of CIFAR-10's train that are "fit"; the others, "select", choose checkpoints
+
 _ANSWER_SECONDS = 4  # a server that has not answered by then counts as out of reach
 _STALL_SECONDS = 20  # between two pieces of a download that has begun
 _MOST_BYTES = 256 * 2**20  # more than any file of the kit: reading stops there, and the digest then fails
@@ -57,16 +59,25 @@ Bytes = NDArray[np.uint8]
 
 
 def load(
-    name: str, split: str, *, limit: int | None = None, seed: int = 0, device: str | torch.device = "cpu"
+    name: str,
+    split: str,
+    *,
+    limit: int | None = None,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
 ) -> Dataset:
     """One split of a data set, or `limit` of its examples, from the first source that has it.
 
-    Names: mnist, cifar10, cifar10-jpeg, cifar10-lossless-4k ("train" only) and digits.
+    Names: mnist, cifar10, cifar10-jpeg, cifar10-lossless-4k and digits. Splits: train and test; of cifar10
+    also "fit" and "select", the two parts of train; cifar10-lossless-4k is all "train", and has the halves
+    "select", to choose checkpoints by, and "report", to measure the chosen one on.
     Sources: a folder in ROBUSTKIT_DATA; the cache (ROBUSTKIT_CACHE, else ~/.cache/robustkit); an
     internal mirror whose URL is in ROBUSTKIT_DATA; the public download, unless ROBUSTKIT_OFFLINE=1.
     Without any of them "mnist" becomes the digits that scikit-learn carries: one line on stderr
     and the provenance say so.
-    Shapes: x (n, c, h, w), y (n,). Units: float32 in [0, 1], the stored uint8 divided by 255.
+    Shapes: x (n, c, h, w), y (n,). Units: float32 in [0, 1], the stored uint8 divided by 255; with `dtype`
+    torch.uint8 the stored bytes themselves, a quarter of the memory, for training on `Dataset.batch`.
     Randomness: `seed` alone draws the `limit` examples, uniformly and without replacement; the draw for
     a smaller limit is the beginning of the draw for a larger one. A limit above the split's size
     takes all of it. Without a limit the order is that of the file.
@@ -86,9 +97,14 @@ def load(
     total = len(labels)
     positions = list(range(total)) if limit is None else _draw(total, min(limit, total), seed)
     # Selecting before the division keeps a small subset of a large split cheap.
-    x = torch.from_numpy(images[positions]).to(device).float().div_(255)
+    x = torch.from_numpy(images[positions]).to(device)
+    x = x if dtype == torch.uint8 else _in_unit_box(x)
     y = torch.from_numpy(labels[positions]).to(device).long()
     return Dataset(x, y, tuple(positions), provenance, recipe.classes)
+
+
+def _in_unit_box(stored: Tensor) -> Tensor:
+    return stored.float().div_(255)
 
 
 def held_out_jpegs() -> tuple[str, ...]:
@@ -348,8 +364,10 @@ def _decode_cifar10(contents: Sequence[bytes], split: str) -> tuple[Bytes, Bytes
             archive.extractall(folder, filter="data")  # the filter refuses links and paths that lead outside
         # The batches are from 2009: NumPy 2.4 warns about the way their dtype was pickled.
         warnings.simplefilter("ignore", np.exceptions.VisibleDeprecationWarning)
-        published = import_torchvision().datasets.CIFAR10(folder, train=split == "train")
-    return np.ascontiguousarray(published.data.transpose(0, 3, 1, 2)), np.array(published.targets, np.uint8)
+        published = import_torchvision().datasets.CIFAR10(folder, train=split != "test")
+    part = {"fit": slice(_FITTED), "select": slice(_FITTED, None)}.get(split, slice(None))
+    images, labels = published.data[part], np.array(published.targets, np.uint8)[part]
+    return np.ascontiguousarray(images.transpose(0, 3, 1, 2)), labels
 
 
 def _decode_cifar10_jpeg(contents: Sequence[bytes], split: str) -> tuple[Bytes, Bytes]:
@@ -370,8 +388,9 @@ def _decode_cifar10_jpeg(contents: Sequence[bytes], split: str) -> tuple[Bytes, 
 
 
 def _decode_lossless(contents: Sequence[bytes], split: str) -> tuple[Bytes, Bytes]:
+    half = {"select": slice(0, None, 2), "report": slice(1, None, 2)}.get(split, slice(None))
     with np.load(io.BytesIO(contents[0]), allow_pickle=False) as stored:
-        return np.ascontiguousarray(stored["images"].transpose(0, 3, 1, 2)), stored["labels"]
+        return np.ascontiguousarray(stored["images"][half].transpose(0, 3, 1, 2)), stored["labels"][half]
 
 
 def _decode_digits(contents: Sequence[bytes], split: str) -> tuple[Bytes, Bytes]:
@@ -413,7 +432,8 @@ def _draw(total: int, n: int, seed: int) -> list[int]:
 class Dataset:
     """Examples with labels, where each stands in its split, and what the split is.
 
-    Shapes: x (n, c, h, w) float32 in [0, 1]; y (n,) int64; `indices` n positions in the full split.
+    Shapes: x (n, c, h, w) float32 in [0, 1], or the stored uint8 where `load` was asked for it; y (n,) int64;
+    `indices` n positions in the full split.
     `provenance.sha256` is the hash of that full split, whatever was taken from it.
     """
 
@@ -425,6 +445,11 @@ class Dataset:
 
     def __len__(self) -> int:
         return len(self.indices)
+
+    def batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Images in [0, 1], whatever is stored, and labels of these rows. Shapes: (m,) -> (m, c, h, w), (m,)."""
+        x = self.x[rows]
+        return _in_unit_box(x) if x.dtype == torch.uint8 else x, self.y[rows]
 
     def take(self, positions: Iterable[int]) -> Dataset:
         """The examples at these positions of this data set, in this order.
@@ -506,7 +531,11 @@ _LOSSLESS = _File("cifar10-lossless-4k.npz", "sha256", _LOSSLESS_SHA256)
 _RECIPES = {
     "mnist": _Recipe("MNIST", DIGIT_CLASSES, _MNIST, _decode_mnist),
     "cifar10": _Recipe(
-        "CIFAR-10", CIFAR10_CLASSES, {"train": (_CIFAR10,), "test": (_CIFAR10,)}, _decode_cifar10, slow=True
+        "CIFAR-10",
+        CIFAR10_CLASSES,
+        dict.fromkeys(("train", "test", "fit", "select"), (_CIFAR10,)),
+        _decode_cifar10,
+        slow=True,
     ),
     "cifar10-jpeg": _Recipe(
         "CIFAR-10 (JPEG mirror)",
@@ -520,7 +549,7 @@ _RECIPES = {
     "cifar10-lossless-4k": _Recipe(
         "CIFAR-10 lossless 4k",
         CIFAR10_CLASSES,
-        {"train": (_LOSSLESS,)},
+        dict.fromkeys(("train", "select", "report"), (_LOSSLESS,)),
         _decode_lossless,
         "4,000 original images of CIFAR-10's training split; cifar10-jpeg train leaves their JPEGs out",
     ),

@@ -23,8 +23,8 @@ from robustkit.device import TIERS, hardware, pick_device, seeded
 from robustkit.errors import RobustkitError
 from robustkit.evaluate import ATTACKS
 from robustkit.models import mnist_cnn
+from robustkit.recipes import RECIPES
 from robustkit.threat import Ball
-from robustkit.train import RECIPES
 
 PACKAGES = {
     "robustkit": ("torch", "torchvision", "numpy", "safetensors", "scikit-learn", "matplotlib"),

@@ -22,11 +22,12 @@ from robustkit.certify.bounds import crown_ibp_margins, ibp_margins, verified_ac
 from robustkit.certify.certificates import Certification, Smoothing
 from robustkit.certify.smoothing import certify
 from robustkit.data import Dataset, load
+from robustkit.defences import DEFENCES
 from robustkit.evaluate import ATTACKS, evaluate
 from robustkit.models import build, load_weights, pretrained, save_weights, zoo
+from robustkit.recipes import Recipe, find_recipe
 from robustkit.results import Audit, Evaluation, Interval
 from robustkit.threat import Ball, white_box
-from robustkit.train import Recipe, defence_of, find_recipe
 
 MEASURED_WITH: dict[str, Attack] = {"pgd-100x10": ATTACKS["pgd-100x10"]}
 AUDITED, SMOOTHED = 200, 500  # images; an audit's surrogate is the model trained without a defence
@@ -69,7 +70,7 @@ def _write(card: Path, described: dict[str, object]) -> None:
 
 def certificates(recipe: Recipe, model: nn.Module, images: Dataset, tier: str) -> dict[str, object]:
     """The certificates that the recipe trains for, by smoothing or by interval bounds; empty for others."""
-    settings = getattr(defence_of(recipe), "keywords", {})
+    settings = getattr(DEFENCES[recipe.defence], "keywords", {})
     if "sigma" in settings:
         part = images.take(range(SMOOTHED))
         made = certify(model, part, Smoothing(settings["sigma"]), model_name=recipe.name, tier=tier)

@@ -14,8 +14,9 @@ from robustkit.certify.smoothing import base_of
 from robustkit.certify.training import consistency, crown_ibp, gaussian, ibp, smooth_adv
 from robustkit.defences import DEFENCES
 from robustkit.device import seeded
+from robustkit.recipes import RECIPES
 from robustkit.threat import Ball
-from robustkit.train import RECIPES, Schedule, train
+from robustkit.train import Schedule, train
 from tests.oracle import linear, linear_data, margins
 
 OURS = [

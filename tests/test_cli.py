@@ -19,8 +19,8 @@ import robustkit
 from robustkit import cli, data, doctor
 from robustkit.errors import RobustkitError
 from robustkit.lessons import LESSONS
+from robustkit.recipes import RECIPES
 from robustkit.results import read_evaluation
-from robustkit.train import RECIPES
 from tests.oracle import evaluation
 
 pytestmark = pytest.mark.usefixtures("offline")

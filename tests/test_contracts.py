@@ -32,8 +32,9 @@ from robustkit.device import seeded
 from robustkit.lessons import LESSONS, VISIBLE_SEED, award, check, collect, find_exercise, save_arrays
 from robustkit.losses import cross_entropy
 from robustkit.models import build
+from robustkit.recipes import RECIPES
 from robustkit.threat import NORMS, Ball
-from robustkit.train import RECIPES, train
+from robustkit.train import train
 from tests.alternatives import ALTERNATIVES
 from tests.mutants import all_mutants
 from tests.mutants.measures import statement

@@ -216,6 +216,17 @@ def test_take_and_subset_keep_track_of_the_split() -> None:
             full.take(positions)
 
 
+def test_stored_bytes_are_the_same_images_in_a_quarter_of_the_memory() -> None:
+    whole, stored = load("digits", "test", limit=50), load("digits", "test", limit=50, dtype=torch.uint8)
+    assert stored.x.dtype == torch.uint8
+    assert 4 * stored.x.nbytes == whole.x.nbytes
+    rows = torch.tensor([3, 0, 41])
+    for full, images in (whole, stored), (whole.take(range(45)), stored.take(range(45))):
+        for found, expected in zip(images.batch(rows), full.batch(rows), strict=True):
+            assert torch.equal(found, expected)
+    assert torch.equal(whole.batch(rows)[0], whole.x[rows])
+
+
 def test_bad_requests_are_refused_in_one_sentence() -> None:
     assert message("mnits") == (
         "data set 'mnits' is unknown; 'mnist' is the nearest of "
@@ -223,7 +234,7 @@ def test_bad_requests_are_refused_in_one_sentence() -> None:
     )
     assert "choose one of mnist" in message("xyz")
     assert message("mnist", "val") == "mnist has no split 'val'; choose one of train, test."
-    assert message("cifar10-lossless-4k", "test").endswith("choose one of train.")
+    assert message("cifar10-lossless-4k", "test").endswith("choose one of train, select, report.")
     with pytest.raises(RobustkitError, match="limit must be at least 1, or None for the whole split; got 0"):
         load("digits", "train", limit=0)
 
@@ -587,6 +598,12 @@ def test_cifar10_is_read_by_torchvision_and_unpickled_once(
     assert train.provenance.dataset == "CIFAR-10"
     assert train.provenance.exact
 
+    # Its two parts, with the border where 12 images have one.
+    monkeypatch.setattr(data, "_FITTED", 9)
+    parts = [load("cifar10", split) for split in ("fit", "select")]
+    assert torch.equal(torch.cat([part.x for part in parts]), train.x)
+    assert [len(part) for part in parts] == [9, 3]
+
     # From now on the arrays are read from the cache, whose hash is verified ...
     recipe = data._RECIPES["cifar10"]
     decoded: list[str] = []
@@ -615,7 +632,8 @@ def test_cifar10_is_read_by_torchvision_and_unpickled_once(
         assert load("cifar10", "train").provenance == train.provenance
         assert stored.read_bytes() == good
     assert decoded == ["train"] * 3
-    assert kept(cache) == {f"decoded/{stored.name}", f"decoded/{stored.name.replace('train', 'test')}"}
+    splits = ("train", "test", "fit", "select")
+    assert kept(cache) == {f"decoded/{stored.name.replace('train', split)}" for split in splits}
 
 
 @pytest.mark.parametrize("place", ["ROBUSTKIT_DATA", "mirror"])
@@ -685,6 +703,11 @@ def test_the_real_jpeg_mirror_and_its_lossless_twins(cache: Path, monkeypatch: p
     with np.load(REAL / "cifar10-lossless-4k.npz", allow_pickle=False) as stored:
         names = stored["jpeg_names"].tolist()
     assert set(names) == set(held_out_jpegs())
+    halves = [load("cifar10-lossless-4k", split) for split in ("select", "report")]
+    assert [len(half) for half in halves] == [2_000, 2_000]
+    images = [{image.numpy().tobytes() for image in half.x} for half in halves]
+    assert not images[0] & images[1]
+    assert images[0] | images[1] == {image.numpy().tobytes() for image in lossless.x}
     assert len(held_out_jpegs()) == 4_000
     assert [name.split("/")[1] for name in names] == [lossless.classes[label] for label in lossless.y]
     # The twins are the same pictures through JPEG: about 30 dB, far from any other picture.

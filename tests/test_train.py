@@ -19,7 +19,7 @@ from robustkit.device import seeded
 from robustkit.errors import RobustkitError
 from robustkit.results import Interval
 from robustkit.threat import Ball
-from robustkit.train import RECIPES, Epoch, Schedule, find_recipe, train
+from robustkit.train import Epoch, Schedule, train
 from tests.oracle import Linear, dataset, interior, linear, linear_data, margins, strongest
 
 BALL = Ball("Linf", 0.05)
@@ -420,22 +420,6 @@ def test_run_json_holds_the_whole_history(data, tmp_path):
     assert record["ball"] == {"norm": "Linf", "eps": 0.05}
     assert record["data"]["sha256"] == data.provenance.sha256
     assert [epoch["clean"]["k"] for epoch in record["history"]] == [epoch.clean.k for epoch in run.history]
-
-
-# --- recipes ---------------------------------------------------------------------------------------
-
-
-def test_every_recipe_has_a_model_a_defence_and_every_tier():
-    for name, recipe in RECIPES.items():
-        assert recipe.name == name
-        assert set(recipe.schedules) == set(recipe.limits) == {"smoke", "standard", "full"}
-        assert training.defence_of(recipe) is DEFENCES[recipe.defence]
-
-
-def test_an_unknown_recipe_names_the_nearest():
-    assert find_recipe("mnist-pgd") is RECIPES["mnist-pgd"]
-    with pytest.raises(RobustkitError, match="did you mean 'mnist-fgsm'"):
-        find_recipe("mnist-fsgm")
 
 
 def test_the_labels_of_a_batch_stay_with_their_images():

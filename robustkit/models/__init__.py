@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -84,7 +85,12 @@ def preact_resnet18(width: int = 64) -> nn.Sequential:
     )
 
 
-MODELS: dict[str, Callable[[], nn.Module]] = {"mnist_cnn": mnist_cnn, "preact_resnet18": preact_resnet18}
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "mnist_cnn": mnist_cnn,
+    "preact_resnet18": preact_resnet18,
+    "preact_resnet18_w16": partial(preact_resnet18, 16),  # 0.7 of 11.2 million parameters: for a CPU
+    "preact_resnet18_w4": partial(preact_resnet18, 4),  # learns little, for smoke runs
+}
 
 
 def build(name: str, *, seed: int = 0) -> nn.Module:
