@@ -74,7 +74,7 @@ _LONG = Schedule(
     120, 512, 0.2, optimizer="sgd", rise=0.05, ema=0.995, bf16=True, watched=2_000
 )  # for a GPU: PreAct-18, PGD-10
 _SHORT = Schedule(30, 256, 0.2, optimizer="sgd", rise=0.4, ema=0.99, bf16=True, watched=1_000)  # one step
-_TINY = Schedule(5, 128, 0.1, optimizer="sgd", rise=0.3, ema=0.99, bf16=True, watched=500)  # one CPU core
+_TINY = Schedule(4, 128, 0.1, optimizer="sgd", rise=0.3, ema=0.99, bf16=True, watched=500)  # one CPU core
 _SMOKE = Schedule(2, 32, 0.1, optimizer="sgd", ema=0.9, watched=64)  # is the machinery whole?
 _SELECTED_BY = ("cifar10-lossless-4k", "select")
 
@@ -150,17 +150,17 @@ RECIPES: dict[str, Recipe] = {
         _cifar10("cifar10-linf-rs-fgsm", "rs-fgsm-at", _LINF, _SHORT),
         _cifar10("cifar10-linf-n-fgsm", "n-fgsm-at", _LINF, _SHORT),
         # For one CPU core, and for a test.
-        _cifar10("cifar10-l2-w16", "one-step-l2-at", _TRAINED_L2, _TINY, model="preact_resnet18_w16"),
+        _cifar10("cifar10-l2-w16", "one-step-l2-at", _TRAINED_L2, _TINY, model="preact_resnet10_w16"),
         _cifar10(
             "cifar10-gaussian-0.25-w16",
             "gaussian-0.25",
             _L2,
-            replace(_TINY, epochs=4),
-            model="preact_resnet18_w16",
+            _TINY,
+            model="preact_resnet10_w16",
             held_out=None,
         ),
         _smoke_alone(
-            _cifar10("cifar10-l2-smoke", "pgd-2-at", _TRAINED_L2, _SMOKE, model="preact_resnet18_w4")
+            _cifar10("cifar10-l2-smoke", "pgd-2-at", _TRAINED_L2, _SMOKE, model="preact_resnet10_w4")
         ),
     )
 }

@@ -75,7 +75,7 @@ def measured(last=pgd, runner=in_turn) -> Evaluation:
 
 
 def trained(run_dir: Path, *, shards: int = 4, last_step: int = -1) -> None:
-    """Batch statistics, dropout and a random start; rank 1 dies in `last_step`."""
+    """Batch statistics, dropout, a random start, averaged weights; rank 1 dies in `last_step`."""
     steps = count()
 
     def defence(model, x, y, ball, generator):
@@ -84,8 +84,11 @@ def trained(run_dir: Path, *, shards: int = 4, last_step: int = -1) -> None:
         return rs_fgsm_at(model, x, y, ball, generator)
 
     model, data = restless(), linear_data(linear(), n=66)
-    schedule = Schedule(2, 22, eps_warmup=0.5, shards=shards)  # 22 images are 6, 6, 5 and 5
-    training.train(model, data, defence, Ball("Linf", 0.05), schedule, run_dir=run_dir, progress=False)
+    schedule = Schedule(2, 22, eps_warmup=0.5, shards=shards, ema=0.9)  # 22 images are 6, 6, 5 and 5
+    held_out = linear_data(linear(), seed=1, n=40)
+    training.train(
+        model, data, defence, Ball("Linf", 0.05), schedule, held_out=held_out, run_dir=run_dir, progress=False
+    )
 
 
 def main(folder: Path, how: str) -> None:
@@ -95,8 +98,8 @@ def main(folder: Path, how: str) -> None:
             trained(folder / "run", shards=3)
         elif how.startswith("train"):
             trained(
-                folder / "run", last_step=7 if how == "train-kill" else -1
-            )  # two shards a step: in the fourth
+                folder / "run", last_step=10 if how == "train-kill" else -1
+            )  # two shards a step, three batches to settle the average by: in the fourth step
         else:
             found = measured(pgd if how == "whole" else Failing(how), scale.ranks)
             (folder / f"{how}-{scale.rank()}.json").write_text(found.to_json())

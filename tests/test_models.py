@@ -56,9 +56,9 @@ def random_state():
     ("name", "shape", "parameters"),
     [
         ("mnist_cnn", (1, 28, 28), 166_406),
-        ("preact_resnet18", (3, 32, 32), 11_171_146),  # recipes of the literature say 11.17 million
-        ("preact_resnet18_w16", (3, 32, 32), None),
-        ("preact_resnet18_w4", (3, 32, 32), None),
+        ("preact_resnet18", (3, 32, 32), 11_172_170),  # the literature says 11.17 million
+        ("preact_resnet10_w16", (3, 32, 32), None),
+        ("preact_resnet10_w4", (3, 32, 32), None),
     ],
 )
 def test_models_turn_images_into_ten_logits(name, shape, parameters):
@@ -80,7 +80,7 @@ def test_a_seed_gives_the_same_model_and_touches_no_global_state():
 def test_an_unknown_model_is_refused_with_the_known_ones():
     with pytest.raises(RobustkitError, match="'lenet' is unknown; choose one of mnist_cnn"):
         build("lenet")
-    assert set(MODELS) == {"mnist_cnn", "preact_resnet18", "preact_resnet18_w16", "preact_resnet18_w4"}
+    assert set(MODELS) == {"mnist_cnn", "preact_resnet18", "preact_resnet10_w16", "preact_resnet10_w4"}
 
 
 def test_normalize_subtracts_and_divides_channel_by_channel():

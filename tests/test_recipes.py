@@ -79,7 +79,7 @@ def test_a_file_changes_what_it_says_and_keeps_the_rest(tmp_path):
         base = "cifar10-l2"
         dataset = "cifar10"
         split = "fit"
-        model = "preact_resnet18_w16"
+        model = "preact_resnet10_w16"
         augmentation = "strong"
         held_out = ["cifar10", "select"]
         limit = 500
@@ -91,7 +91,7 @@ def test_a_file_changes_what_it_says_and_keeps_the_rest(tmp_path):
     )
     base, found = RECIPES["cifar10-l2"], find_recipe(str(path))
     assert (found.name, found.dataset, found.split) == ("mine", "cifar10", "fit")
-    assert (found.model, found.augmentation) == ("preact_resnet18_w16", "strong")
+    assert (found.model, found.augmentation) == ("preact_resnet10_w16", "strong")
     assert found.held_out == ("cifar10", "select")
     assert found.ball == Ball("L2", 0.25)
     assert set(found.limits.values()) == {500}

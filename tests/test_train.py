@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from dataclasses import replace
@@ -14,7 +15,7 @@ from torch import nn
 
 from robustkit import train as training
 from robustkit.data import Dataset
-from robustkit.defences import DEFENCES, fgsm_at
+from robustkit.defences import DEFENCES, fgsm_at, trades, worst_weights
 from robustkit.device import seeded
 from robustkit.errors import RobustkitError
 from robustkit.results import Interval
@@ -75,8 +76,99 @@ def test_a_defence_is_the_cross_entropy_at_the_closed_form_candidate(name, exact
         assert untouched + 0.5 * (expected - untouched) < found < expected
 
 
-# Bounds know no dropout, which is how this test tells the modes apart.
-@pytest.mark.parametrize("name", [name for name in DEFENCES if "ibp" not in name])
+def one_step_points(model, x, y, ball, generator):
+    """Noise of twice the ball's size, one exact step on top, never projected; away from the box's walls."""
+    noisy = x + (4 * torch.rand(x.shape, generator=generator) - 2) * ball.eps
+    return noisy, margins(model, noisy, y) - ball.eps * model.w.detach().abs().sum().item()
+
+
+def test_n_fgsm_trains_outside_the_ball_at_the_closed_form_point():
+    model = linear()
+    x, y = interior(), linear_data(model).y
+    _, m = one_step_points(model, x, y, BALL, seeded(0))
+    found = DEFENCES["n-fgsm-at"](model, x, y, BALL, seeded(0)).item()
+    assert found == pytest.approx(np.log1p(np.exp(-2 * m)).mean(), rel=1e-5)
+    seen = []
+    model.drop.register_forward_pre_hook(lambda _, images: seen.append(images[0].detach()))
+    DEFENCES["n-fgsm-at"](model, x, y, BALL, seeded(0))
+    assert (BALL.size(seen[-1] - x) > BALL.eps + 1e-6).float().mean() > 0.9
+    assert (BALL.size(seen[-1] - x) <= 3 * BALL.eps + 1e-6).all()
+
+
+@pytest.mark.parametrize("beta", [1.0, 6.0])
+def test_trades_is_the_closed_form_cross_entropy_and_divergence(beta):
+    """On the linear model the divergence is largest at the end of the ball to which the start points."""
+    model = linear()
+    x, y = interior(), linear_data(model).y
+    start = 0.001 * torch.empty_like(x).normal_(generator=seeded(0))
+    w = model.w.detach()
+    side = np.sign((start.flatten(1) @ w).numpy())
+    z = (2 * y.numpy() - 1) * margins(model, x, y)
+    end = z + side * BALL.eps * w.abs().sum().item()
+
+    def log_probabilities(z):
+        return -np.stack([np.logaddexp(0, 2 * z), np.logaddexp(0, -2 * z)], 1)
+
+    p, q = log_probabilities(z), log_probabilities(end)
+    expected = np.log1p(np.exp(-2 * margins(model, x, y))).mean() + beta * (np.exp(p) * (p - q)).sum(1).mean()
+    found = trades(model, x, y, BALL, seeded(0), steps=10, step_size=0.25, beta=beta).item()
+    assert found == pytest.approx(expected, rel=1e-3)
+
+
+# --- adversarial weights ---------------------------------------------------------------------------
+
+
+def small_net() -> nn.Sequential:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        return nn.Sequential(nn.Conv2d(3, 4, 2), nn.BatchNorm2d(4), nn.SiLU(), nn.Flatten(), nn.Linear(4, 2))
+
+
+def test_awp_gives_loss_and_gradient_at_the_weights_moved_by_hand():
+    model, x = small_net(), interior(n=30)
+    y = (x[:, 0, 0, 0] > 0.5).long()
+
+    def loss(m):
+        return F.cross_entropy(m(x), y)
+
+    by_hand = copy.deepcopy(model)
+    loss(by_hand).backward()
+    with torch.no_grad():
+        for value in by_hand.parameters():
+            if value.dim() > 1:
+                value += 0.05 * value.norm() * value.grad / value.grad.norm()
+            value.grad = None
+        by_hand[1].load_state_dict(model[1].state_dict())  # as if there had been no first pass
+    expected = loss(by_hand)
+    expected.backward()
+
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    untouched = loss(copy.deepcopy(model))
+    found = worst_weights(model, loss, 0.05)
+    found.backward()
+    assert found.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert found > untouched
+    for (name, value), other in zip(model.named_parameters(), by_hand.parameters(), strict=True):
+        torch.testing.assert_close(value.grad, other.grad, rtol=1e-4, atol=1e-6)
+        assert torch.equal(value, before[name]), "the weights themselves stay"
+    for buffer, other in zip(model.buffers(), by_hand.buffers(), strict=True):
+        torch.testing.assert_close(buffer, other)
+    assert model[1].num_batches_tracked == 1  # one pass counts, not two
+
+
+def test_awp_of_size_zero_is_the_loss_alone():
+    model, calls = small_net(), []
+
+    def loss(m):
+        calls.append(m)
+        return F.cross_entropy(m(interior(n=4)), torch.tensor([0, 1, 0, 1]))
+
+    worst_weights(model, loss, 0.0)
+    assert calls == [model]
+
+
+# Bounds know no dropout, which is how this test tells the modes apart; AWP passes twice in train mode.
+@pytest.mark.parametrize("name", [name for name in DEFENCES if "ibp" not in name and "awp" not in name])
 def test_a_defence_trains_in_train_mode_and_leaves_gradients_on_the_weights_alone(name):
     model = Linear(linear().w.detach()).train()
     modes = []
@@ -95,6 +187,25 @@ def test_a_defence_trains_in_train_mode_and_leaves_gradients_on_the_weights_alon
 
 
 # --- schedules -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "change", [{"rise": 0.0}, {"rise": 1.0}, {"ema": 1.0}, {"ema": -0.1}, {"watched": 0}, {"ema": math.nan}]
+)
+def test_shares_that_are_none_are_refused(change):
+    with pytest.raises(RobustkitError, match="rise must lie between 0 and 1"):
+        Schedule(1, **change)
+
+
+def test_sgd_decays_matrices_and_kernels_alone():
+    optimizer = training.OPTIMIZERS["sgd"](restless(), 0.1)
+    decayed, others = optimizer.param_groups
+    assert [tuple(value.shape) for value in decayed["params"]] == [(4, 3, 2, 2), (2, 4)]
+    assert {value.dim() for value in others["params"]} == {1}
+    assert (decayed["weight_decay"], others["weight_decay"]) == (5e-4, 0.0)
+    assert decayed["nesterov"]
+    with pytest.raises(RobustkitError, match="optimizer 'lion' is unknown; choose one of adam, sgd"):
+        Schedule(1, optimizer="lion")
 
 
 def test_the_learning_rate_rises_to_its_peak_and_falls_to_zero():
@@ -266,6 +377,119 @@ def test_shards_without_images_are_refused(shards, data):
         train(restless(), data.take(range(3)), DEFENCES["clean"], BALL, Schedule(1, 20, shards=4))
 
 
+# --- averaged weights, selection -------------------------------------------------------------------
+
+
+def test_the_average_follows_the_weights_by_its_decay():
+    model, average = Linear(torch.full((12,), 1.0)), Linear(torch.zeros(12))
+    for _ in range(3):
+        training._follow(average, model, 0.9)
+    torch.testing.assert_close(average.w.detach(), torch.full((12,), 1 - 0.9**3))
+    training._follow(model, model, 0.0)  # no average
+    assert torch.equal(model.w.detach(), torch.ones(12))
+
+
+def statistics_of(model: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    inputs = model.net[0](x)
+    return inputs.mean((0, 2, 3)), inputs.var((0, 2, 3))
+
+
+@pytest.mark.parametrize("batch_size", [500, 40])
+def test_averaged_weights_get_batch_statistics_of_their_own(batch_size):
+    data = linear_data(linear(), n=120)
+    model, average = restless(1), restless(2)
+    for _ in range(3):
+        model(data.x)  # other weights, other statistics
+    training._settle(average, model, data, DEFENCES["clean"], BALL, Schedule(1, batch_size), 0, 0)
+    mean, variance = statistics_of(average, data.x)
+    norm = average.net[1]
+    torch.testing.assert_close(norm.running_mean, mean)
+    torch.testing.assert_close(norm.running_var, variance, rtol=0.05, atol=0)  # batch by batch, then the mean
+    assert norm.momentum == 0.1
+    for copied in (model.net[1].running_mean, torch.zeros(4)):  # what a copy, or nothing at all, would give
+        assert (copied - mean).abs().max() > 0.01
+
+
+def test_a_run_with_an_average_leaves_the_average_with_its_own_statistics(data):
+    model = restless()
+    train(model, data, DEFENCES["clean"], BALL, Schedule(3, 40, optimizer="sgd", ema=0.9), progress=False)
+    last = restless()
+    train(last, data, DEFENCES["clean"], BALL, Schedule(3, 40, optimizer="sgd"), progress=False)
+    assert not same_weights(model, last)
+    mean, variance = statistics_of(model, data.x)
+    torch.testing.assert_close(model.net[1].running_mean, mean)
+    torch.testing.assert_close(model.net[1].running_var, variance, rtol=0.05, atol=0)
+
+
+@pytest.fixture
+def contrary() -> Dataset:
+    """Held-out images on which learning makes things worse: the last epoch is not the best."""
+    held_out = linear_data(linear(), seed=1, n=100)
+    return replace(held_out, y=1 - held_out.y)
+
+
+def right(model: nn.Module, data: Dataset) -> int:
+    return int((model(data.x).argmax(1) == data.y).sum())
+
+
+def test_the_run_leaves_the_weights_of_the_epoch_that_was_best_on_held_out_images(data, contrary):
+    def trained(held_out: Dataset | None):
+        model, schedule = Linear(torch.zeros(12)), Schedule(6, 20, peak_lr=0.3)
+        return model, train(model, data, DEFENCES["clean"], BALL, schedule, held_out=held_out, progress=False)
+
+    model, run = trained(contrary)
+    robust = [epoch.pgd.k for epoch in run.history]
+    assert run.selected == robust.index(max(robust)) + 1 < 6
+    assert run.held_out == contrary.provenance
+    assert right(model, contrary) == run.history[run.selected - 1].clean.k > run.history[-1].clean.k
+    blind, run = trained(None)
+    assert run.selected == 6
+    assert right(blind, contrary) < right(model, contrary)
+
+
+def test_epochs_before_eps_is_reached_are_not_selected_however_robust_they_look(data, contrary):
+    schedule = Schedule(6, 20, peak_lr=0.3, eps_warmup=0.9)
+    model = Linear(torch.zeros(12))
+    run = train(model, data, DEFENCES["clean"], BALL, schedule, held_out=contrary, progress=False)
+    assert run.history[1].pgd.k > run.history[-1].pgd.k  # in a smaller ball
+    assert run.selected == 6
+    assert right(model, contrary) == run.history[-1].clean.k
+
+
+def test_stored_bytes_train_to_the_same_weights_as_the_images_they_are(data):
+    stored = (data.x * 255).round().to(torch.uint8)
+    weights = []
+    for x in (stored, stored.float() / 255):
+        model = restless()
+        train(model, replace(data, x=x), DEFENCES["rs-fgsm-at"], BALL, Schedule(1, 20), progress=False)
+        weights.append(model)
+    assert same_weights(*weights)
+
+
+def test_bfloat16_is_for_the_passes_and_float32_for_weights_and_statistics(data, monkeypatch):
+    monkeypatch.setattr(training, "fastest", lambda device: torch.bfloat16)
+    seen = []
+
+    def watch(model, x, y, ball, generator):
+        logits = model(x)
+        seen.append((x.dtype, logits.dtype))
+        return F.cross_entropy(logits, y)
+
+    def trained(schedule: Schedule):
+        model = restless()
+        return model, train(model, data, watch, BALL, schedule, progress=False)
+
+    half, run = trained(Schedule(1, 40, bf16=True))
+    assert set(seen) == {(torch.float32, torch.bfloat16)}
+    assert {value.dtype for value in half.state_dict().values()} == {torch.float32, torch.int64}
+    assert run.precision == "bfloat16"
+    full, run = trained(Schedule(1, 40))
+    assert run.precision == "float32"
+    assert not same_weights(half, full)
+    for value, other in zip(half.parameters(), full.parameters(), strict=True):
+        torch.testing.assert_close(value, other, rtol=0.1, atol=0.01)
+
+
 # --- resuming --------------------------------------------------------------------------------------
 
 SCHEDULE = Schedule(3, 20, eps_warmup=0.5)  # six steps an epoch
@@ -317,6 +541,25 @@ def test_an_interrupted_run_resumes_to_identical_weights(step, every_step, data,
     assert [replace(epoch, **still) for epoch in found.history] == [
         replace(epoch, **still) for epoch in expected.history
     ]
+
+
+@pytest.mark.parametrize("step", [4, 8, 17])
+def test_averages_and_the_selection_survive_an_interruption(step, data, contrary, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", -1.0)
+    schedule = Schedule(3, 20, peak_lr=0.5, optimizer="sgd", ema=0.9)
+
+    def start(model: nn.Module, defence, folder: str):
+        settings = {"held_out": contrary, "run_dir": tmp_path / folder, "progress": False}
+        return train(model, data, defence, BALL, schedule, **settings)
+
+    whole, cut = restless(), restless(seed=9)
+    run = start(whole, DEFENCES["clean"], "whole")
+    assert run.selected == 2  # an epoch that is over when the last interruption falls
+    with pytest.raises(KeyboardInterrupt):
+        start(restless(), interrupted_at(step, DEFENCES["clean"]), "cut")
+    again = start(cut, DEFENCES["clean"], "cut")
+    assert same_weights(cut, whole)
+    assert again.selected == run.selected
 
 
 def test_a_finished_run_resumes_to_itself_without_a_step(data, tmp_path):
@@ -396,6 +639,21 @@ def test_a_checkpoint_of_another_architecture_is_refused(data, tmp_path):
         train(restless(), data, interrupted_at(8), BALL, SCHEDULE, run_dir=tmp_path, progress=False)
     with pytest.raises(RobustkitError, match="belongs to another model"):
         train(linear(), data, DEFENCES["clean"], BALL, SCHEDULE, run_dir=tmp_path, progress=False)
+
+
+def test_a_checkpoint_with_nan_or_too_large_is_refused_in_a_sentence(data, tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    with pytest.raises(KeyboardInterrupt):
+        train(restless(), data, interrupted_at(8), BALL, SCHEDULE, run_dir=tmp_path, progress=False)
+    state = torch.load(path, weights_only=True)
+    state["model"]["net.0.weight"][0] = math.nan
+    torch.save(state, path)
+    with pytest.raises(RobustkitError, match=r"checkpoint\.pt holds NaN or infinity; delete it"):
+        train(restless(), data, DEFENCES["clean"], BALL, SCHEDULE, run_dir=tmp_path, progress=False)
+    with path.open("ab") as file:
+        file.truncate(2**25)  # as a file that was swapped for a larger model's; a hole, no bytes on the disk
+    with pytest.raises(RobustkitError, match=r"has 33,554,432 bytes, at most 16,\d{3},\d{3} fit this model"):
+        train(restless(), data, DEFENCES["clean"], BALL, SCHEDULE, run_dir=tmp_path, progress=False)
 
 
 @pytest.mark.parametrize("how", ["cut", "empty", "pickle", "another record"])

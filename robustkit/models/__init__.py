@@ -80,16 +80,24 @@ def preact_resnet18(width: int = 64) -> nn.Sequential:
 
     Source: He et al. 2016 (arXiv 1603.05027) with SiLU in place of ReLU. Shapes: (n, 3, 32, 32) -> (n, 10).
     """
-    return nn.Sequential(
-        Normalize((0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)), PreActResNet((2, 2, 2, 2), width)
-    )
+    return _preact_resnet((2, 2, 2, 2), width)
+
+
+def preact_resnet10(width: int) -> nn.Sequential:
+    """The same with one block a stage: for a CPU, with `width` 16 and 0.3 instead of 11.2 million parameters."""
+    return _preact_resnet((1, 1, 1, 1), width)
+
+
+def _preact_resnet(blocks: tuple[int, ...], width: int) -> nn.Sequential:
+    cifar10 = Normalize((0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616))
+    return nn.Sequential(cifar10, PreActResNet(blocks, width))
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "mnist_cnn": mnist_cnn,
     "preact_resnet18": preact_resnet18,
-    "preact_resnet18_w16": partial(preact_resnet18, 16),  # 0.7 of 11.2 million parameters: for a CPU
-    "preact_resnet18_w4": partial(preact_resnet18, 4),  # learns little, for smoke runs
+    "preact_resnet10_w16": partial(preact_resnet10, 16),
+    "preact_resnet10_w4": partial(preact_resnet10, 4),  # learns little, for smoke runs
 }
 
 
