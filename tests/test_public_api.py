@@ -26,7 +26,7 @@ PUBLIC = {
     "Normalize": "models",
     "Provenance": "results",
     "RECIPES": "recipes",
-    "Recipe": "train",
+    "Recipe": "recipes",
     "RobustkitError": "errors",
     "RotationTranslation": "threat",
     "Schedule": "train",
