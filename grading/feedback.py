@@ -8,6 +8,7 @@ import jinja2
 
 from grading.records import PASSED
 from grading.score import ExerciseScore, Scorecard
+from robustkit.contracts import CONTRACTS
 from robustkit.files import write_atomically
 from robustkit.lessons import LESSONS
 
@@ -98,8 +99,18 @@ def page(name: str) -> jinja2.Template:
 def render(card: Scorecard) -> str:
     """The page of one scorecard. Same scorecard, same page."""
     exercises = {exercise.id: exercise for exercise in LESSONS[card.lesson].exercises}
-    asked = {exercise.id: ASKED[exercises[exercise.id].contract] for exercise in card.exercises}
+    asked = {exercise.id: _asked(exercises[exercise.id].contract) for exercise in card.exercises}
     return page("feedback.html.j2").render(card=card, asked=asked, advice=advice(card), number=number)
+
+
+def _asked(contract: str) -> dict[str, str]:
+    """What each criterion asks for, and beside which others it counts."""
+    essential = CONTRACTS[contract].essential
+    beside = f"; counts only beside {' or '.join(essential)}" if essential else ""
+    return {
+        criterion: f"{criterion}: {text}{'' if criterion in essential else beside}"
+        for criterion, text in ASKED[contract].items()
+    }
 
 
 def write_page(card: Scorecard, path: Path) -> None:

@@ -198,10 +198,9 @@ def _walk(session: _Session, job: Job, secret: bytes, into: Path) -> dict[str, C
         slow = slow or status == TIMED_OUT
         exercise = exercises.get(notebooks.grade_id(cell))
         if status != CRASHED and exercise and exercise.id not in collected:
-            case = CONTRACTS[exercise.contract].draw(
-                case_seed(secret, job.student, job.lesson.id, exercise.id)
-            )
-            entry = _collect(session, exercise, case, into)
+            contract = CONTRACTS[exercise.contract]
+            case = contract.draw(case_seed(secret, job.student, job.lesson.id, exercise.id))
+            entry = _collect(session, exercise, contract.given(case), into)
             if slow and entry.outcome == COLLECTED:
                 entry = Collected(
                     entry.exercise, TIMED_OUT, entry.evidence, "a cell before the check ran too long"

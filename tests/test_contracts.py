@@ -149,6 +149,56 @@ def test_a_mutant_that_is_right_would_be_noticed():
         as_declared(right, [])
 
 
+# --- useless answers ----------------------------------------------------------------------------------
+
+USELESS = {
+    "first argument": lambda *given: given[0],
+    "second argument": lambda *given: given[1],
+    "nothing": lambda *given: None,
+    "zero": lambda *given: 0.0,
+    "one": lambda *given: 1.0,
+    "a pair": lambda *given: (0.0, 1.0),
+    "an empty list": lambda *given: [],
+    "zeros": lambda *given: torch.zeros_like(given[0]),
+    "grey": lambda *given: torch.full_like(given[0], 0.5),
+    "an image, darker": lambda *given: next(0.99 * one for one in given if getattr(one, "ndim", 0) == 4),
+    "the image, again": lambda *given: next(one.clone() for one in given if getattr(one, "ndim", 0) == 4),
+}
+
+
+@pytest.mark.parametrize("name", [name for name in CONTRACTS if name not in (*MODELS, *VALUES)])
+def test_what_does_not_do_its_job_earns_nothing(name):
+    contract = CONTRACTS[name]
+    for label, subject in USELESS.items():
+        lost = {finding.criterion for finding in examine(contract, subject, 3)}
+        assert lost == set(contract.criteria), label
+
+
+def test_what_is_withheld_says_beside_what_it_counts():
+    contract = CONTRACTS["projection"]
+    findings = examine(contract, lambda x, candidate, eps: candidate.clamp(0, 1), 0)
+    assert costs(findings) == {
+        "ball": {"EPS_BALL_VIOLATED"},
+        "box": {"NOT_COUNTED"},
+        "inside": {"NOT_COUNTED"},
+    }
+    assert findings[-1].hint == "this counts only beside ball"
+
+
+def test_essential_and_hidden_parts_are_parts():
+    for contract in CONTRACTS.values():
+        assert set(contract.essential) <= set(contract.criteria)
+        assert set(contract.hidden) <= contract.draw(0).keys()
+
+
+def test_the_kernel_is_given_no_answer():
+    """What a case holds beside the learner's arguments stays outside: the seed, the probability, the kind."""
+    given = {name: contract.given(contract.draw(0)).keys() for name, contract in CONTRACTS.items()}
+    assert given["robust_model"] == given["fgsm_report"] == set()
+    assert "p" not in given["votes"]
+    assert given["alarms"] == {"accuracies"}
+
+
 # --- right answers -----------------------------------------------------------------------------------
 
 

@@ -253,6 +253,16 @@ def _direction(case: Arrays, candidate: Array) -> tuple[str, str] | None:
     )
 
 
+def _no_attack(case: Arrays, evidence: Arrays) -> tuple[str, str] | None:
+    """Why candidates that start at random are no better than noise, or None."""
+    moved = np.clip(_displacement(case, evidence["candidate"]), -1, 1).mean()  # noise: 0, to within 0.03
+    if moved > 0.1:
+        return None
+    if moved < -0.1:
+        return "WRONG_SIGN", "the pixels move so that the loss falls"
+    return "NO_EFFECT", "the candidates raise the loss no more than noise does"
+
+
 def _start(case: Arrays, evidence: Arrays) -> list[Finding]:
     """Judge where the attack starts: on the flat oracle it goes nowhere else."""
     start = (evidence["start"] - case["x"]).reshape(len(case["x"]), -1) / float(case["eps"])
@@ -342,6 +352,8 @@ def _judge_fgsm(case: Arrays, evidence: Arrays) -> list[Finding]:
 def _judge_rs_fgsm(case: Arrays, evidence: Arrays) -> list[Finding]:
     if reason := _unusable(case, evidence, _RS_FGSM_RECORDS):
         return [Finding(criterion, *reason) for criterion in _RS_FGSM]
+    if reason := _no_attack(case, evidence):
+        return [Finding(criterion, *reason) for criterion in _RS_FGSM]
     start = _start(case, evidence)
     found = _inside(case, evidence, _RS_FGSM_RECORDS) + hygiene(evidence) + start
     if not _reproducible(evidence, "candidate"):
@@ -372,9 +384,11 @@ def _judge_pgd(case: Arrays, evidence: Arrays) -> list[Finding]:
     elif _strays(case, evidence, arrives=True):
         found.append(Finding("closed_form", "GRADIENT_ELSEWHERE", HINTS["GRADIENT_ELSEWHERE"]))
     reason = _travel(case, evidence, "short", SHORT_STEPS * SHORT_STEP)
-    if reason is not None and reason[0] == "STEP_SIZE":  # the direction is for closed_form to judge
+    if reason is not None and reason[0] == "STEP_SIZE":
         hint = f"asked for {SHORT_STEPS} steps of {SHORT_STEP:g} eps: {reason[1]}"
         found.append(Finding("steps", "STEP_COUNT", hint))
+    elif reason is not None and reason[0] == "WRONG_SIGN":
+        found.append(Finding("steps", *reason))
     return found
 
 
@@ -429,7 +443,7 @@ def _judge_loss(case: Arrays, evidence: Arrays) -> list[Finding]:
     return found
 
 
-FGSM = Contract(_FGSM, draw_linear, _observe_fgsm, _judge_fgsm)
-RS_FGSM = Contract(_RS_FGSM, draw_linear, _observe_rs_fgsm, _judge_rs_fgsm)
-PGD = Contract(_PGD, draw_linear, _observe_pgd, _judge_pgd)
-ADVERSARIAL_LOSS = Contract(_LOSS, draw_linear, _observe_loss, _judge_loss)
+FGSM = Contract(_FGSM, draw_linear, _observe_fgsm, _judge_fgsm, essential=("closed_form",))
+RS_FGSM = Contract(_RS_FGSM, draw_linear, _observe_rs_fgsm, _judge_rs_fgsm, essential=("start", "step"))
+PGD = Contract(_PGD, draw_linear, _observe_pgd, _judge_pgd, essential=("closed_form", "steps"))
+ADVERSARIAL_LOSS = Contract(_LOSS, draw_linear, _observe_loss, _judge_loss, essential=("loss", "gradient"))

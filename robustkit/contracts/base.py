@@ -30,12 +30,22 @@ class Finding:
 
 @dataclass(frozen=True)
 class Contract:
-    """What a learner's object must satisfy, criterion by criterion. See the module docstring."""
+    """What a learner's object must satisfy, criterion by criterion. See the module docstring.
+
+    Where no criterion of `essential` is met, the others count nothing: a function that does not do its job
+    keeps to ball and box easily. `hidden` names what of the case stays with the examiner.
+    """
 
     criteria: tuple[str, ...]
     draw: Callable[[int], Arrays]
     observe: Callable[[Any, Arrays], Arrays]
     judge: Callable[[Arrays, Arrays], list[Finding]]
+    essential: tuple[str, ...] = ()
+    hidden: tuple[str, ...] = ()
+
+    def given(self, case: Arrays) -> Arrays:
+        """The part of the case that the learner's kernel may see."""
+        return {name: array for name, array in case.items() if name not in self.hidden}
 
 
 def numbers(value: Any) -> Array:
@@ -57,7 +67,7 @@ def untext(array: Array) -> Any:
 def observe_safely(contract: Contract, subject: Any, case: Arrays) -> Arrays:
     """The observation, or the exception that the learner's code raised, as evidence."""
     try:
-        return contract.observe(subject, case)
+        return contract.observe(subject, contract.given(case))
     except NotImplementedError:
         return {
             "error": text(
@@ -84,11 +94,23 @@ def judge_safely(contract: Contract, case: Arrays, evidence: Arrays) -> list[Fin
         if any(array.dtype.kind == "f" and not np.isfinite(array).all() for array in evidence.values()):
             return everywhere(contract, "NOT_FINITE", "the result holds NaN or infinity")
         with np.errstate(over="raise", invalid="raise", divide="raise"):  # nor may a judge make one
-            return contract.judge(case, evidence)
+            found = contract.judge(case, evidence)
+            return found + withheld(contract, found)
     except Exception as error:
         return everywhere(
             contract, "EVIDENCE_MALFORMED", f"the evidence cannot be judged ({type(error).__name__})"
         )
+
+
+def withheld(contract: Contract, found: list[Finding]) -> list[Finding]:
+    """Findings on the criteria that are met, and count nothing because no essential one is."""
+    lost = {finding.criterion for finding in found}
+    if not contract.essential or not lost.issuperset(contract.essential):
+        return []
+    hint = f"this counts only beside {' or '.join(contract.essential)}"
+    return [
+        Finding(criterion, "NOT_COUNTED", hint) for criterion in contract.criteria if criterion not in lost
+    ]
 
 
 def everywhere(contract: Contract, code: str, hint: str) -> list[Finding]:

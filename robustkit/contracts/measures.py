@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from robustkit.contracts.base import Arrays, Contract, Finding, numbers, text, u
 from robustkit.contracts.oracle import draw_linear, oracle, z
 from robustkit.device import seeded
 from robustkit.results import Interval
-from robustkit.threat import GOALS, KNOWLEDGE
+from robustkit.threat import GOALS, KNOWLEDGE, NORMS
 
 EPSILONS = (0.0, 0.03, 0.06, 0.1)
 
@@ -115,7 +115,9 @@ def _judge_projection(case: Arrays, evidence: Arrays) -> list[Finding]:
     return found
 
 
-PROJECTION = Contract(("ball", "box", "inside"), _draw_projection, _observe_projection, _judge_projection)
+PROJECTION = Contract(
+    ("ball", "box", "inside"), _draw_projection, _observe_projection, _judge_projection, essential=("ball",)
+)
 
 
 # --- robust accuracy over several attacks -----------------------------------------------------------
@@ -206,7 +208,9 @@ def _judge_interval(case: Arrays, evidence: Arrays) -> list[Finding]:
     return found
 
 
-INTERVAL = Contract(("value", "edges"), _draw_counts, _observe_interval, _judge_interval)
+INTERVAL = Contract(
+    ("value", "edges"), _draw_counts, _observe_interval, _judge_interval, essential=("value",)
+)
 
 
 # --- robust accuracy against eps ---------------------------------------------------------------------
@@ -260,14 +264,13 @@ def _judge_curve(case: Arrays, evidence: Arrays) -> list[Finding]:
     return found
 
 
-CURVE = Contract(("counts", "clean"), draw_linear, _observe_curve, _judge_curve)
+CURVE = Contract(("counts", "clean"), draw_linear, _observe_curve, _judge_curve, essential=("counts",))
 
 
 # --- alarms: reading the signs of false robustness ----------------------------------------------------
 
 LABEL_LEAKING, MASKED_GRADIENTS = "LABEL_LEAKING", "MASKED_GRADIENTS"
 
-# Rows of clean, FGSM and PGD accuracy come in this order. Drawn so that no value is near a threshold.
 _ALARM_RULES: tuple[frozenset[str], ...] = (
     frozenset({MASKED_GRADIENTS, LABEL_LEAKING}),  # leaking
     frozenset({MASKED_GRADIENTS}),  # masked
@@ -277,6 +280,7 @@ _ALARM_RULES: tuple[frozenset[str], ...] = (
 
 
 def _draw_alarms(seed: int) -> Arrays:
+    """Rows of clean, FGSM and PGD accuracy, and which of the four kinds each is; no value is near a threshold."""
     generator = seeded(seed, "alarms")
 
     def between(low: float, high: float) -> float:
@@ -290,7 +294,8 @@ def _draw_alarms(seed: int) -> Arrays:
         pgd = between(0.8, 0.9)
         rows.append((between(0.97, 0.99), pgd + between(0.01, 0.06), pgd))
         rows.append((between(0.97, 0.99), between(0.02, 0.12), between(0.0, 0.01)))
-    return {"accuracies": np.array(rows)}
+    order = torch.randperm(len(rows), generator=generator).numpy()
+    return {"accuracies": np.array(rows)[order], "kind": order % len(_ALARM_RULES)}
 
 
 def _observe_alarms(alarms: Any, case: Arrays) -> Arrays:
@@ -303,10 +308,13 @@ def _observe_alarms(alarms: Any, case: Arrays) -> Arrays:
 
 def _judge_alarms(case: Arrays, evidence: Arrays) -> list[Finding]:
     answers, found = untext(evidence["alarms"]), {}
-    rules = itertools.cycle(_ALARM_RULES)
-    for row, expected, answer in zip(case["accuracies"], rules, answers, strict=False):
-        if not isinstance(answer, list):
-            raise TypeError("alarms are lists of names")
+    if not all(isinstance(answer, list) for answer in answers):
+        raise TypeError("alarms are lists of names")
+    if all(answer == answers[0] for answer in answers):
+        hint = f"you answer {answers[0] or 'no alarm'} whatever the accuracies are"
+        return [Finding(criterion, "ALWAYS_THE_SAME", hint) for criterion in _ALARMS]
+    for row, kind, answer in zip(case["accuracies"], case["kind"], answers, strict=True):
+        expected = _ALARM_RULES[kind]
         missed, false = expected - set(answer), set(answer) - expected
         shown = f"clean {row[0]:.2f}, FGSM {row[1]:.2f}, PGD {row[2]:.2f}: you answer {answer or 'no alarm'}"
         for criterion, alarm in (("leaking", LABEL_LEAKING), ("masked", MASKED_GRADIENTS)):
@@ -316,12 +324,13 @@ def _judge_alarms(case: Arrays, evidence: Arrays) -> list[Finding]:
                 found[criterion, "FALSE_ALARM"] = shown
         if (false and not expected) or false - {LABEL_LEAKING, MASKED_GRADIENTS}:
             found["quiet", "FALSE_ALARM"] = shown
-    if len(answers) != len(case["accuracies"]):
-        raise ValueError("one answer for each row")
     return [Finding(criterion, code, shown) for (criterion, code), shown in found.items()]
 
 
-ALARMS = Contract(("leaking", "masked", "quiet"), _draw_alarms, _observe_alarms, _judge_alarms)
+_ALARMS = ("leaking", "masked", "quiet")
+ALARMS = Contract(
+    _ALARMS, _draw_alarms, _observe_alarms, _judge_alarms, essential=("leaking", "masked"), hidden=("kind",)
+)
 
 
 # --- prediction and threat model: values, not functions ------------------------------------------------
@@ -382,6 +391,27 @@ def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
+def _is_interval(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(map(_is_share, value)) and value[0] < value[1]
+
+
+# What a field can hold at all, and what to say where it holds something else.
+_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "norm": (lambda norm: norm in NORMS, f"norm is one of {', '.join(NORMS)}"),
+    "eps": (lambda eps: _is_share(eps) and eps > 0, "eps is in input units, where images lie in [0, 1]"),
+    "input_range": (lambda ends: isinstance(ends, list) and len(ends) == 2, "input_range holds two ends"),
+    "knowledge": (lambda kind: kind in KNOWLEDGE, f"knowledge is one of {', '.join(KNOWLEDGE)}"),
+    "goal": (lambda goal: goal in GOALS, f"goal is one of {', '.join(GOALS)}"),
+    "queries": (
+        lambda most: most is None or _is_count(most),
+        "queries is None, no limit, or the number allowed for each image",
+    ),
+    "n": (_is_count, "n is the number of images that were attacked"),
+    "robust_accuracy": (_is_share, "robust_accuracy is a share between 0 and 1"),
+    "interval": (_is_interval, "interval holds two bounds, the lower first"),
+}
+
+
 def _judge_statement(case: Arrays, evidence: Arrays) -> list[Finding]:
     value = untext(evidence["value"])
     if not isinstance(value, dict):
@@ -390,42 +420,23 @@ def _judge_statement(case: Arrays, evidence: Arrays) -> list[Finding]:
     if missing:
         hint = f"the statement does not say: {', '.join(missing)}"
         return [Finding(criterion, "STATEMENT_INCOMPLETE", hint) for criterion in ("complete", "consistent")]
-    interval = value["interval"]
+    unusable = [hint for key, (usable, hint) in _FIELDS.items() if not usable(value[key])]
+    if unusable:
+        return [Finding(criterion, "FIELD_UNUSABLE", unusable[0]) for criterion in ("complete", "consistent")]
+    share, n, interval = value["robust_accuracy"], value["n"], value["interval"]
+    off = np.abs(np.subtract(interval, Interval(round(share * n), n).bounds)).max()
     problems = [
         (
             value["norm"] != "Linf" or value["eps"] != 0.3,
             "this lesson's ball is Linf with eps 0.3, in input units",
         ),
         (value["input_range"] != [0, 1], "images lie in [0, 1]"),
-        (value["knowledge"] not in KNOWLEDGE, f"knowledge is one of {', '.join(KNOWLEDGE)}"),
-        (value["goal"] not in GOALS, f"goal is one of {', '.join(GOALS)}"),
         (
             value["knowledge"] != "white-box",
             "an attack that uses the model's gradient knows more than that",
         ),
-        (
-            not (value["queries"] is None or _is_count(value["queries"])),
-            "queries is None, no limit, or the number allowed for each image",
-        ),
-        (not _is_count(value["n"]), "n is the number of images that were attacked"),
-        (not _is_share(value["robust_accuracy"]), "robust_accuracy is a share between 0 and 1"),
-        (
-            not (
-                isinstance(interval, list)
-                and len(interval) == 2
-                and all(map(_is_share, interval))
-                and _is_share(value["robust_accuracy"])
-                and interval[0] <= value["robust_accuracy"] <= interval[1]
-                and interval[0] < interval[1]
-            ),
-            "interval holds the two bounds around robust_accuracy",
-        ),
+        (off > max(0.01, 1 / n), f"interval is not the 95 % interval of {share} over {n} images"),
     ]
-    if not any(bad for bad, _ in problems):
-        share, n = value["robust_accuracy"], value["n"]
-        off = np.abs(np.subtract(interval, Interval(round(share * n), n).bounds)).max()
-        hint = f"interval is not the 95 % interval of {share} over {n} images"
-        problems.append((bool(off > max(0.01, 1 / n)), hint))
     wrong = next((hint for bad, hint in problems if bad), None)
     return [] if wrong is None else [Finding("consistent", "STATEMENT_INCONSISTENT", wrong)]
 

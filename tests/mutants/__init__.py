@@ -2,7 +2,7 @@
 
 A mutant is a reference function with one mistake. Its declaration names the criteria that the mistake
 must cost, each with the code that the learner must read; every other criterion must be kept, because
-partial credit is a promise.
+partial credit is a promise, unless no essential one is: then `declare` adds that the rest is withheld.
 """
 
 from __future__ import annotations
@@ -39,6 +39,9 @@ def declare(contract: str, name: str, subject: Any, everywhere: str = "", **cost
         costs = dict.fromkeys(CONTRACTS[contract].criteria, everywhere)
     assert costs.keys() <= set(CONTRACTS[contract].criteria), name
     assert costs, name
+    essential = CONTRACTS[contract].essential
+    if essential and costs.keys() >= set(essential):  # nothing else counts then
+        costs = dict.fromkeys(CONTRACTS[contract].criteria, "NOT_COUNTED") | costs
     MUTANTS.append(Mutant(contract, name, subject, costs))
 
 

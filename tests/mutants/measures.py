@@ -178,6 +178,11 @@ def of_ninety_percent(k, n):
 
 
 @mutant("interval", value="WRONG_INTERVAL")
+def always_five_points_wide(k, n):
+    return max(0, k / n - 0.05), min(1, k / n + 0.05)
+
+
+@mutant("interval", value="WRONG_INTERVAL")
 def clopper_pearson(k, n):
     low = stats.beta.ppf(0.025, k, n - k + 1) if k else 0.0
     return low, stats.beta.ppf(0.975, k + 1, n - k) if k < n else 1.0
@@ -272,14 +277,19 @@ def last_count_only(model, x, y, epsilons, attack):
 LEAK, MASK = "LABEL_LEAKING", "MASKED_GRADIENTS"
 
 
-@mutant("alarms", leaking="MISSED_ALARM", masked="MISSED_ALARM")
+@mutant("alarms", everywhere="ALWAYS_THE_SAME")
 def never(clean, fgsm, pgd):
     return []
 
 
-@mutant("alarms", leaking="FALSE_ALARM", quiet="FALSE_ALARM")
+@mutant("alarms", everywhere="ALWAYS_THE_SAME")
 def always(clean, fgsm, pgd):
     return [LEAK, MASK]
+
+
+@mutant("alarms", leaking="MISSED_ALARM", masked="MISSED_ALARM")
+def leaking_found_late(clean, fgsm, pgd):
+    return [LEAK] if fgsm > clean + 0.035 else []
 
 
 @mutant("alarms", quiet="FALSE_ALARM")
@@ -364,12 +374,20 @@ def statement(**changes):
 
 
 for _name, _changes in {
-    "eps_in_units_of_255": {"eps": 0.3 * 255},
+    "another_eps": {"eps": 0.03},
     "another_norm": {"norm": "L2"},
     "range_of_bytes": {"input_range": (0, 255)},
+    "scores_only": {"knowledge": "score-based"},
+    "interval_beside_the_share": {"interval": (0.2, 0.3)},
+    "interval_of_another_n": {"interval": Interval(91, 100).bounds},
+}.items():
+    declare("statement", _name, statement(**_changes), consistent="STATEMENT_INCONSISTENT")
+
+for _name, _changes in {
+    "eps_in_units_of_255": {"eps": 0.3 * 255},
+    "norm_unknown": {"norm": "inf"},
     "range_is_a_number": {"input_range": 1},
     "black_box": {"knowledge": "black-box"},
-    "scores_only": {"knowledge": "score-based"},
     "goal_unknown": {"goal": "evil"},
     "negative_queries": {"queries": -1},
     "no_images": {"n": 0},
@@ -378,11 +396,10 @@ for _name, _changes in {
     "accuracy_in_percent": {"robust_accuracy": 91.0, "interval": (89.1, 92.6)},
     "accuracy_not_a_number": {"robust_accuracy": float("nan")},
     "interval_without_width": {"interval": (0.91, 0.91)},
-    "interval_beside_the_share": {"interval": (0.2, 0.3)},
-    "interval_of_another_n": {"interval": Interval(91, 100).bounds},
     "interval_is_a_number": {"interval": 0.91},
+    "all_the_same": dict.fromkeys(statement(), "x"),
 }.items():
-    declare("statement", _name, statement(**_changes), consistent="STATEMENT_INCONSISTENT")
+    declare("statement", _name, statement(**_changes), everywhere="FIELD_UNUSABLE")
 
 declare("statement", "a_sentence", "Linf, eps 0.3", everywhere="NOT_A_STATEMENT")
 declare("statement", "left_open", statement(knowledge="..."), everywhere="STATEMENT_INCOMPLETE")

@@ -11,7 +11,7 @@ from robustkit.attacks import fgsm
 from robustkit.contracts.models import EPSILONS, N_REPORT
 from robustkit.data import load
 from robustkit.device import tier
-from robustkit.models import build
+from robustkit.models import build, pretrained
 from robustkit.threat import Ball
 from tests.mutants import mutant
 
@@ -102,6 +102,61 @@ def clean_model(clean):
 @mutant("robust_model", pgd_half="MASKED_GRADIENTS", pgd_full="MASKED_GRADIENTS")
 def saturated_logits(clean):
     return scaled(clean, 1e4)
+
+
+@mutant("robust_model", pgd_half="MASKED_GRADIENTS", pgd_full="MASKED_GRADIENTS")
+def logits_times_a_thousand(clean):
+    return scaled(clean, 1e3)
+
+
+@mutant("robust_model", pgd_half="NOT_ROBUST", pgd_full="NOT_ROBUST")
+def logits_almost_too_small_for_float32(clean):
+    """Every margin is a denormal number, and its gradient underflows to zero on the way back."""
+    return scaled(clean, 1e-38)
+
+
+@mutant("robust_model", pgd_half="MASKED_GRADIENTS", pgd_full="MASKED_GRADIENTS")
+def scale_hidden_between_the_layers(clean):
+    """Huge first weights, tiny ones in the middle, huge ones at the end."""
+    model = scaled(clean, 1e20)
+    with torch.no_grad():
+        for index, factor in ((0, 1e15), (2, 1e-30)):
+            model[index].weight *= factor
+        model[0].bias *= 1e15
+        model[2].bias *= 1e-15
+        model[5].bias *= 1e-15
+        model[7].bias *= 1e-15
+    return model
+
+
+@mutant("robust_model", everywhere="SHIPPED_WEIGHTS")
+def weights_of_the_package(clean):
+    return pretrained("mnist-pgd")
+
+
+@mutant("robust_model", everywhere="SHIPPED_WEIGHTS")
+def weights_of_the_package_permuted_and_rescaled(clean):
+    model = scaled(pretrained("mnist-pgd"), 7.0)
+    order = torch.randperm(100, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        model[5].weight.copy_(3 * model[5].weight[order])
+        model[5].bias.copy_(3 * model[5].bias[order])
+        model[7].weight.copy_(model[7].weight[:, order] / 3)
+    return model
+
+
+@mutant("robust_model", clean="CLEAN_ACCURACY_LOW", pgd_half="NOT_ROBUST", pgd_full="NOT_ROBUST")
+def one_class_for_everything(clean):
+    """Saturated by a bias: no candidate changes the answer."""
+    model = scaled(clean, 1.0)
+    with torch.no_grad():
+        model[-1].bias[3] += 1e6
+    return model
+
+
+@mutant("robust_model", everywhere="NOT_FINITE")
+def infinite_weights(clean):
+    return scaled(clean, float("inf"))
 
 
 @mutant("robust_model", clean="CLEAN_ACCURACY_LOW", pgd_half="NOT_ROBUST", pgd_full="NOT_ROBUST")

@@ -181,7 +181,13 @@ def gradient_taken_once(model, x, y, eps, steps, step_size, generator):
     return points
 
 
-@mutant("pgd", closed_form="WRONG_SIGN")
+@mutant("pgd", closed_form="NOT_STEEPEST", steps="STEP_COUNT")
+def noise(model, x, y, eps, steps, step_size, generator):
+    """In ball and box, uniform, reproducible; and no attack."""
+    return _start(x, eps, generator)
+
+
+@mutant("pgd", closed_form="WRONG_SIGN", steps="WRONG_SIGN")
 def wrong_sign(model, x, y, eps, steps, step_size, generator):
     return _walk(model, x, y, eps, steps, -step_size, _start(x, eps, generator))
 

@@ -18,7 +18,19 @@ def _finish(model, x, y, eps, start, step=1.25):
     return (x + (start + step * eps * g.sign()).clamp(-eps, eps)).clamp(0, 1)
 
 
-@mutant("rs_fgsm", step="WRONG_SIGN")
+@mutant("rs_fgsm", everywhere="NO_EFFECT")
+def noise(model, x, y, eps, generator):
+    """In ball and box, uniform, reproducible; and no attack."""
+    return (x + _uniform(x, eps, generator)).clamp(0, 1)
+
+
+@mutant("rs_fgsm", start="START_NOT_UNIFORM", step="STEP_SIZE")
+def towards_grey(model, x, y, eps, generator):
+    """Raises the loss a little without a look at the model."""
+    return x + eps * (0.5 - x).sign() * (x != 0.5)
+
+
+@mutant("rs_fgsm", everywhere="WRONG_SIGN")
 def wrong_sign(model, x, y, eps, generator):
     return _finish(model, x, y, eps, _uniform(x, eps, generator), step=-1.25)
 
