@@ -104,10 +104,10 @@ LESSON_WORK: dict[str, tuple[float, tuple[Training | Attacking, ...]]] = {
     "05-empirical-or-certified": (
         40.0,
         (
-            # Votes are forward passes, as the draws of noise are: for answers and for certificates.
-            Attacking("noise", {"smoke": 270, "standard": 18_000, "full": 262_000}),
-            # Each model in each ball, in steps of 40; gradients of the votes.
-            Attacking("pgd-40", {"smoke": 142, "standard": 34_000, "full": 614_000}, share=0.9),
+            # Votes are forward passes, as the draws of noise are; one of the CIFAR network counts for eighteen.
+            Attacking("noise", {"smoke": 600, "standard": 47_000, "full": 811_000}),
+            # Each model in each ball and the gradients of the votes, by the forty.
+            Attacking("pgd-40", {"smoke": 230, "standard": 52_000, "full": 983_000}, share=0.9),
         ),
     ),
 }

@@ -88,27 +88,27 @@ def _shaped(evidence: Arrays, shapes: dict[str, tuple[int, ...]]) -> None:
 
 _SANDWICH = ("empirical", "certified", "contradictions")
 _COUNTS = ("clean", "empirical", "certified")
-T, A, B = 0, 1, 2  # an image's true class, and two wrong ones, in the rows below
+_T, _A, _B = 0, 1, 2  # an image's true class, and two wrong ones, in the rows below
 
-# (how many, clean, attacked, size, certified class, radius), sizes and radii in eps. The last column
-# says whether no two of these facts can hold of one sound system.
+# (how many, clean, attacked, size, certified class, radius, impossible), sizes and radii in eps. Impossible is
+# what no sound system can show.
 _ROWS = (
-    (9, T, T, 0.9, T, 1.4, False),
-    (5, T, T, 0.9, T, 1.0, False),  # a certificate of just this radius holds at this radius
-    (4, T, T, 0.9, T, 0.6, False),
-    (3, T, A, 0.9, T, 0.6, False),  # broken, and outside its radius: as it should be
-    (2, T, A, 0.5, T, 0.8, True),  # broken inside a radius that does not reach eps
-    (3, T, A, 0.7, T, 1.3, True),
-    (1, T, None, 0.7, T, 1.3, False),  # to abstain is no other class
-    (2, A, A, 0.0, A, 1.2, False),  # certified, and wrong
-    (1, A, T, 0.8, A, 1.5, True),  # carried to the right class, where no other class should be
-    (1, A, T, 0.8, None, 0.0, False),
-    (2, A, T, 0.0, T, 1.1, True),  # another class without any perturbation
-    (1, None, T, 0.4, T, 1.2, False),
-    (4, T, T, 0.9, None, 0.0, False),
-    (3, T, A, 0.6, None, 0.0, False),
-    (2, T, None, 0.6, None, 0.0, False),
-    (1, A, B, 0.3, None, 0.0, False),
+    (9, _T, _T, 0.9, _T, 1.4, False),
+    (5, _T, _T, 0.9, _T, 1.0, False),  # a certificate of just this radius holds at this radius
+    (4, _T, _T, 0.9, _T, 0.6, False),
+    (3, _T, _A, 0.9, _T, 0.6, False),  # broken, and outside its radius: as it should be
+    (2, _T, _A, 0.5, _T, 0.8, True),  # broken inside a radius that does not reach eps
+    (3, _T, _A, 0.7, _T, 1.3, True),
+    (1, _T, None, 0.7, _T, 1.3, False),  # to abstain is no other class
+    (2, _A, _A, 0.0, _A, 1.2, False),  # certified, and wrong
+    (1, _A, _T, 0.8, _A, 1.5, True),  # carried to the right class, where no other class should be
+    (1, _A, _T, 0.8, None, 0.0, False),
+    (2, _A, _T, 0.0, _T, 1.1, True),  # another class without any perturbation
+    (1, None, _T, 0.4, _T, 1.2, False),
+    (4, _T, _T, 0.9, None, 0.0, False),
+    (3, _T, _A, 0.6, None, 0.0, False),
+    (2, _T, None, 0.6, None, 0.0, False),
+    (1, _A, _B, 0.3, None, 0.0, False),
 )
 
 
