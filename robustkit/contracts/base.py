@@ -54,6 +54,13 @@ def numbers(value: Any) -> Array:
     return np.asarray(value if detach is None else detach().numpy(), dtype=np.float64)
 
 
+def shaped(evidence: Arrays, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Raises: ValueError for a record whose shape is ours to set, and is another."""
+    for name, shape in shapes.items():
+        if evidence[name].shape != shape:
+            raise ValueError(f"{name} has shape {evidence[name].shape}")
+
+
 def text(value: object) -> Array:
     """JSON as bytes in an array: words can then travel beside numbers without pickles."""
     plain = json.dumps(value, default=lambda other: other.tolist())  # numpy's and torch's numbers

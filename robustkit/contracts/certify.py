@@ -17,22 +17,9 @@ from torch import Tensor, nn
 
 from robustkit.certify import confidence
 from robustkit.contracts.attacks import HINTS, hygiene, side_effects
-from robustkit.contracts.base import Array, Arrays, Contract, Finding, numbers, text
-from robustkit.contracts.oracle import SHAPE, LinearOracle
+from robustkit.contracts.base import Array, Arrays, Contract, Finding, numbers, shaped, text
+from robustkit.contracts.oracle import SHAPE, LinearOracle, uniform
 from robustkit.device import seeded
-
-
-def _uniform(generator: torch.Generator, low: float, high: float, n: int) -> Array:
-    values = low + (high - low) * torch.rand(n, generator=generator, dtype=torch.float64)
-    return np.asarray(values.numpy())
-
-
-def _shaped(evidence: Arrays, shapes: dict[str, tuple[int, ...]]) -> None:
-    """Raises: ValueError for a record whose shape is ours to set, and is another."""
-    for name, shape in shapes.items():
-        if evidence[name].shape != shape:
-            raise ValueError(f"{name} has shape {evidence[name].shape}")
-
 
 # --- votes ----------------------------------------------------------------------------------------
 
@@ -50,9 +37,9 @@ def _draw_votes(seed: int) -> Arrays:
     dimension = int(np.prod(SHAPE))
     signs = np.ones(dimension)
     signs[torch.randperm(dimension, generator=generator)[:6].numpy()] = -1
-    w = (_uniform(generator, 0.05, 0.25, dimension) * signs).astype(np.float32)
-    sigma, t = _uniform(generator, 0.3, 0.5, 1).item(), _uniform(generator, 0.8, 1.1, 1).item()
-    inner = _uniform(generator, 0.4, 0.6, dimension).astype(np.float32)
+    w = (uniform(generator, 0.05, 0.25, dimension) * signs).astype(np.float32)
+    sigma, t = uniform(generator, 0.3, 0.5, 1).item(), uniform(generator, 0.8, 1.1, 1).item()
+    inner = uniform(generator, 0.4, 0.6, dimension).astype(np.float32)
     edge = (w > 0).astype(np.float32)
     scale = sigma * np.linalg.norm(w.astype(np.float64))
     biases = [t * scale - (image.astype(np.float64) - 0.5) @ w for image in (inner, edge)]
@@ -101,7 +88,7 @@ def _judge_votes(case: Arrays, evidence: Arrays) -> list[Finding]:
         if evidence[name].shape != (2,):
             hint = f"expected one count for each of the 2 classes, got shape {evidence[name].shape}"
             return [Finding(criterion, "WRONG_SHAPE", hint) for criterion in _VOTES]
-    _shaped(evidence, dict.fromkeys(("seeds", "seeds_again"), (len(_SEEDS), 2)))
+    shaped(evidence, dict.fromkeys(("seeds", "seeds_again"), (len(_SEEDS), 2)))
     totals = np.array([evidence[name].sum() for name in names])
     if (np.abs(totals - 1) < 1e-6).all():
         hint = "these are shares; return counts, because a bound needs k and n"
@@ -155,7 +142,7 @@ def _draw_bounds(seed: int) -> Arrays:
     generator = seeded(seed, "bounds")
     n = torch.randint(100, 5000, (6,), generator=generator).numpy()
     n[0] = 20 + n[0] % 40  # small: there an approximation shows
-    k = (n * _uniform(generator, 0.3, 0.97, 6)).astype(np.int64)
+    k = (n * uniform(generator, 0.3, 0.97, 6)).astype(np.int64)
     k[0] = n[0] - 2
     alphas = np.tile(_ALPHAS, 2)[torch.randperm(6, generator=generator).numpy()]
     return {"k": k, "n": n, "alpha": alphas}
@@ -219,13 +206,13 @@ def _draw_shares(seed: int) -> Arrays:
     generator = seeded(seed, "shares")
     share = np.concatenate(
         [
-            _uniform(generator, 0.51, 0.8, 3),
-            _uniform(generator, 0.9, 0.999, 3),
-            _uniform(generator, 0.05, 0.49, 3),
+            uniform(generator, 0.51, 0.8, 3),
+            uniform(generator, 0.9, 0.999, 3),
+            uniform(generator, 0.05, 0.49, 3),
             np.array([0.5]),
         ]
     )
-    return {"share": share, "sigma": _uniform(generator, 0.12, 0.9, len(share))}
+    return {"share": share, "sigma": uniform(generator, 0.12, 0.9, len(share))}
 
 
 def _observe_radii(certified_radius: Any, case: Arrays) -> Arrays:
@@ -239,7 +226,7 @@ def _observe_radii(certified_radius: Any, case: Arrays) -> Arrays:
 
 def _judge_radii(case: Arrays, evidence: Arrays) -> list[Finding]:
     share, sigma = case["share"], case["sigma"]
-    _shaped(evidence, dict.fromkeys(("certified", "radius"), share.shape))
+    shaped(evidence, dict.fromkeys(("certified", "radius"), share.shape))
     certified, radius, found = evidence["certified"].astype(bool), evidence["radius"], []
     above = share > 0.5
     quantile = ndtri(share)
@@ -289,7 +276,7 @@ def _draw_samples(seed: int) -> Arrays:
     generator = seeded(seed, "samples")
     labels = torch.randperm(CLASSES, generator=generator)[:5].numpy()
     n = 1000 + 10 * int(torch.randint(0, 100, (), generator=generator))
-    shares = _uniform(generator, 0.7, 0.95, 3)
+    shares = uniform(generator, 0.7, 0.95, 3)
     first = [_spread(100 if row == 0 else 60, 100, labels[row]) for row in _CLEAR]
     second = [_spread(int(n * share), n, labels[row]) for row, share in zip(_CLEAR, shares, strict=True)]
     first.append(_spread(50, 100, labels[_REVERSED]))
@@ -299,7 +286,7 @@ def _draw_samples(seed: int) -> Arrays:
     return {
         "first": np.stack(first),
         "second": np.stack(second),
-        "sigma": _uniform(generator, 0.12, 0.9, 5),
+        "sigma": uniform(generator, 0.12, 0.9, 5),
         "alpha": np.tile(np.array(_ALPHAS)[torch.randperm(3, generator=generator).numpy()], 2)[:5],
     }
 
@@ -330,7 +317,7 @@ def _radii(case: Arrays, counts: Array, factor: float = 1.0) -> Array:
 
 def _judge_certify(case: Arrays, evidence: Arrays) -> list[Finding]:
     first, second = case["first"], case["second"]
-    _shaped(evidence, dict.fromkeys(("certified", "label", "radius"), (len(first),)))
+    shaped(evidence, dict.fromkeys(("certified", "label", "radius"), (len(first),)))
     certified = evidence["certified"].astype(bool)
     label, radius, found = evidence["label"], evidence["radius"], []
     clear = list(_CLEAR)
@@ -533,7 +520,7 @@ _WEIGHTS = ("conv.weight", "conv.bias", "hidden.weight", "hidden.bias", "out.wei
 def _draw_network(seed: int) -> Arrays:
     """Weights, an eps, and images of which the first half keeps away from the edge of the box."""
     generator = seeded(seed, "network")
-    eps = _uniform(generator, 0.06, 0.12, 1).item()
+    eps = uniform(generator, 0.06, 0.12, 1).item()
     shapes = [(2, 1, 3, 3), (2,), (12, 18), (12,), (3, 12), (3,)]
     weights = [0.5 * torch.randn(shape, generator=generator) for shape in shapes]
     weights[1::2] = [0.05 + bias.abs() for bias in weights[1::2]]  # no layer is dead
@@ -609,7 +596,7 @@ def _judge_network(case: Arrays, evidence: Arrays) -> list[Finding]:
     low, high = np.clip(x - eps, 0, 1), np.clip(x + eps, 0, 1)
     for network in _NETWORKS:
         lower, upper = evidence[f"{network}_lower"], evidence[f"{network}_upper"]
-        _shaped(evidence, {f"{network}_kept": ()})
+        shaped(evidence, {f"{network}_kept": ()})
         if lower.shape != (len(x), 3) or upper.shape != (len(x), 3):
             hint = f"expected two arrays of shape {(len(x), 3)}, got {lower.shape} and {upper.shape}"
             return [Finding(criterion, "WRONG_SHAPE", hint) for criterion in _INTERVAL]

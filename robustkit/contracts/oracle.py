@@ -51,6 +51,12 @@ class ValleyOracle(LinearOracle):
         return super().forward(0.5 + (x - 0.5).abs())
 
 
+def uniform(generator: torch.Generator, low: float, high: float, n: int) -> Array:
+    """Numbers in float64, uniform between `low` and `high`."""
+    values = low + (high - low) * torch.rand(n, generator=generator, dtype=torch.float64)
+    return np.asarray(values.numpy())
+
+
 def draw_linear(seed: int) -> Arrays:
     """Weights, an eps, and three batches: margins spread around eps, corners of the box, near 0.5."""
     generator = seeded(seed, "linear oracle")

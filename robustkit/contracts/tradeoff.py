@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from scipy.stats import binom  # type: ignore[import-untyped]
 
-from robustkit.contracts.base import Array, Arrays, Contract, Finding, numbers
+from robustkit.contracts.base import Array, Arrays, Contract, Finding, numbers, shaped
+from robustkit.contracts.oracle import uniform
 from robustkit.device import seeded
 from robustkit.results import Interval
 from robustkit.threat import Ball
@@ -63,11 +64,6 @@ class Need(NamedTuple):
     seconds: float
 
 
-def _uniform(generator: torch.Generator, low: float, high: float, n: int) -> Array:
-    values = low + (high - low) * torch.rand(n, generator=generator, dtype=torch.float64)
-    return np.asarray(values.numpy())
-
-
 def _order(generator: torch.Generator, n: int) -> Array:
     return np.asarray(torch.randperm(n, generator=generator).numpy())
 
@@ -77,17 +73,9 @@ def _optional(value: Any) -> Array:
     return numbers(_NONE if value is None else value)
 
 
-def _shaped(evidence: Arrays, shapes: dict[str, tuple[int, ...]]) -> None:
-    """Raises: ValueError for a record whose shape is ours to set, and is another."""
-    for name, shape in shapes.items():
-        if evidence[name].shape != shape:
-            raise ValueError(f"{name} has shape {evidence[name].shape}")
-
-
 # --- the sandwich: certified <= true <= empirical ---------------------------------------------------
 
 _SANDWICH = ("empirical", "certified", "contradictions")
-_COUNTS = ("clean", "empirical", "certified")
 _T, _A, _B = 0, 1, 2  # an image's true class, and two wrong ones, in the rows below
 
 # (how many, clean, attacked, size, certified class, radius, impossible), sizes and radii in eps. Impossible is
@@ -117,7 +105,7 @@ def _draw_records(seed: int) -> Arrays:
     rows = [row for row in _ROWS for _ in range(row[0])]
     rows = [rows[i] for i in _order(generator, len(rows))]
     label = torch.randint(0, 10, (len(rows),), generator=generator).tolist()
-    eps = _uniform(generator, 0.3, 1.2, 1).item()
+    eps = uniform(generator, 0.3, 1.2, 1).item()
 
     def classes(column: int) -> Array:
         """True and wrong classes by name as the classes of these images."""
@@ -159,7 +147,7 @@ def _observe_sandwich(sandwich: Any, case: Arrays) -> Arrays:
 
 def _judge_sandwich(case: Arrays, evidence: Arrays) -> list[Finding]:
     y, eps = case["label"], float(case["eps"])
-    _shaped(evidence, {"counts": (3,), "flagged": (len(y),)})
+    shaped(evidence, {"counts": (3,), "flagged": (len(y),)})
     clean, empirical, certified = evidence["counts"]
     right, kept, proved = case["clean"] == y, case["attacked"] == y, case["certified"] == y
     reaches = case["radius"] >= eps
@@ -217,7 +205,7 @@ def _shown(record: Record) -> str:
     return f"{held}; answers {record.clean} untouched, {record.attacked} at distance {record.size:.3f}"
 
 
-SANDWICH = Contract(_SANDWICH, _draw_records, _observe_sandwich, _judge_sandwich)
+SANDWICH = Contract(_SANDWICH, _draw_records, _observe_sandwich, _judge_sandwich, hidden=("impossible",))
 
 
 # --- one ball inside another ------------------------------------------------------------------------
@@ -254,7 +242,7 @@ def _observe_covers(covers: Any, case: Arrays) -> Arrays:
 
 def _judge_covers(case: Arrays, evidence: Arrays) -> list[Finding]:
     claimed, claimed_eps, needed, needed_eps, d = case["rows"].T
-    _shaped(evidence, {"answers": claimed.shape})
+    shaped(evidence, {"answers": claimed.shape})
     least = np.where(claimed > needed, needed_eps * np.sqrt(d), needed_eps)
     right = claimed_eps >= least
     answers = evidence["answers"].astype(bool)
@@ -293,14 +281,14 @@ _COST_EDGES = (
 
 def _draw_costs(seed: int) -> Arrays:
     generator = seeded(seed, "costs")
-    cheap, dear = _uniform(generator, 1e-4, 1e-3, 6), _uniform(generator, 5e-3, 5e-1, 6)
-    low = _uniform(generator, 10, 100, 6)
+    cheap, dear = uniform(generator, 1e-4, 1e-3, 6), uniform(generator, 5e-3, 5e-1, 6)
+    low = uniform(generator, 10, 100, 6)
     # Between two whole numbers of decisions, so that no rounding decides.
     meet = torch.randint(50, 5000, (6,), generator=generator).numpy() + 0.3
     return {
-        "training": _uniform(generator, 50, 5000, 6),
+        "training": uniform(generator, 50, 5000, 6),
         "passes": torch.randint(1, 2000, (6,), generator=generator).numpy(),
-        "per_pass": _uniform(generator, 1e-5, 1e-3, 6),
+        "per_pass": uniform(generator, 1e-5, 1e-3, 6),
         "decisions": torch.randint(10, 10_000, (6,), generator=generator).numpy(),
         "a": np.stack([low + meet * (dear - cheap), cheap], 1),
         "b": np.stack([low, dear], 1),
@@ -332,7 +320,7 @@ def _judge_costs(case: Arrays, evidence: Arrays) -> list[Finding]:
     n = len(case["training"])
     if evidence["cost"].shape != (n,) or evidence["meet"].shape != (n,):
         raise ValueError("one number for each call")
-    _shaped(evidence, {"edges": (len(_COST_EDGES),)})
+    shaped(evidence, {"edges": (len(_COST_EDGES),)})
     running = case["passes"] * case["per_pass"]
     expected, got, found = case["training"] / case["decisions"] + running, evidence["cost"], []
 
@@ -375,7 +363,7 @@ def _judge_costs(case: Arrays, evidence: Arrays) -> list[Finding]:
     return found
 
 
-COST = Contract(_COST, _draw_costs, _observe_costs, _judge_costs)
+COST = Contract(_COST, _draw_costs, _observe_costs, _judge_costs, hidden=("meet",))
 
 
 # --- a paired comparison ------------------------------------------------------------------------------
@@ -498,7 +486,7 @@ def _draw_offers(seed: int) -> Arrays:
     return {
         "norm": np.int64(torch.randint(0, 2, (), generator=generator)),
         "eps": np.float64(2.0 ** -int(torch.randint(0, 4, (), generator=generator))),
-        "seconds": _uniform(generator, 0.05, 2.0, 1)[0],
+        "seconds": uniform(generator, 0.05, 2.0, 1)[0],
         "order": _order(generator, len(_OFFERS)),
     }
 
@@ -533,7 +521,7 @@ def _observe_admissible(admissible: Any, case: Arrays) -> Arrays:
 
 
 def _judge_admissible(case: Arrays, evidence: Arrays) -> list[Finding]:
-    _shaped(evidence, {"chosen": (2, len(_OFFERS))})
+    shaped(evidence, {"chosen": (2, len(_OFFERS))})
     chosen, found = evidence["chosen"].astype(bool), []
     if not chosen.any():
         return [
@@ -623,7 +611,7 @@ def _observe_route(subject: Any, case: Arrays) -> Arrays:
 
 def _judge_route(case: Arrays, evidence: Arrays) -> list[Finding]:
     n = (len(_ROUTES),)
-    _shaped(evidence, {"answers": n, "lanes": n, "guaranteed": ()})
+    shaped(evidence, {"answers": n, "lanes": n, "guaranteed": ()})
     found = {}
     rows = zip(case["order"].tolist(), evidence["answers"].tolist(), evidence["lanes"].tolist(), strict=True)
     for i, answer, lane in rows:
