@@ -76,6 +76,30 @@ ASKED: dict[str, dict[str, str]] = {
         "counts": "one count of surviving images for each eps",
         "clean": "misclassified images are not counted as robust, at eps 0 either",
     },
+    "grader_prediction": {"complete": "a yes or no for each of the things a check cell may leave behind"},
+    "grader_forgery": {
+        "verdict": "evidence that says it succeeded, and is believed",
+        "nan": "candidates that no comparison finds too far",
+        "few": "evidence that leaves out what went wrong",
+        "crash": "evidence at which the grader stumbles, and pays",
+    },
+    "grader_number": {
+        "honest": "a number from 0 to the maximum is worth itself",
+        "range": "what is below, above or not finite is worth nothing",
+        "types": "what only looks like a number is worth nothing",
+    },
+    "grader_seeds": {
+        "repeatable": "the same student gets the same case again",
+        "keyed": "the seed depends on the secret, and there are too many to try",
+        "separate": "no two pairs of student and exercise share a seed",
+    },
+    "grader": {
+        "honest": "an honest attack gets the points it has earned",
+        "recomputed": "points go by what the model does, not by what the submission says",
+        "finite": "candidates that are not finite are worth nothing",
+        "whole": "evidence of another shape than the images is worth nothing",
+        "closed": "evidence that cannot be read is worth nothing, and stops nobody",
+    },
     "statement": {
         "complete": "every field of the threat model is filled in",
         "consistent": "the fields agree with the lesson's attack and with each other",

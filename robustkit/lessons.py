@@ -265,6 +265,52 @@ LESSONS: dict[str, Lesson] = {
                 WrittenAnswer("s5_border", "Brief: a border-control gate", 9, 15),
             ),
         ),
+        Lesson(
+            "08-attack-the-grader",
+            "Attack the grader: evidence, not verdicts",
+            (
+                Exercise(
+                    "s8_predict_check", "Predict", "grader_prediction", ("prediction",), {"complete": 1}, 1, 5
+                ),
+                Exercise(
+                    "s8_forge_check",
+                    "Forgeries",
+                    "grader_forgery",
+                    ("forge",),
+                    {"verdict": 1, "nan": 1, "few": 1, "crash": 1},
+                    2,
+                    20,
+                ),
+                Exercise(
+                    "s8_number_check",
+                    "A number of points",
+                    "grader_number",
+                    ("validated",),
+                    {"honest": 1, "range": 1, "types": 1},
+                    1,
+                    10,
+                ),
+                Exercise(
+                    "s8_seeds_check",
+                    "Cases that nobody can foresee",
+                    "grader_seeds",
+                    ("case_seed",),
+                    {"repeatable": 1, "keyed": 1, "separate": 1},
+                    2,
+                    15,
+                ),
+                Exercise(
+                    "s8_grade_check",
+                    "The grader, repaired",
+                    "grader",
+                    ("grade",),
+                    {"honest": 1, "recomputed": 2, "finite": 1, "whole": 1, "closed": 1},
+                    3,
+                    25,
+                ),
+            ),
+            (WrittenAnswer("s8_judgement", "Judgement", 10, 25),),
+        ),
     )
 }
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
+import hmac
+import json
 import math
 import statistics
 from dataclasses import dataclass
@@ -858,3 +861,133 @@ def admissible_by_filters(need, offers, d):
 
     fast = filter(lambda offer: offer.seconds <= need.seconds, offers)
     return tuple(o.name for o in fast if o.clean.low >= need.clean and robust(o) >= need.robust)
+
+
+# --- lesson 8: forgeries, numbers, seeds, graders ------------------------------------------------------
+
+
+@right("grader_forgery")
+def forged_in_numpy(question):
+    x = np.array(question["x"])
+    n = len(x)
+    return {
+        "verdict": {"candidates": x, "fooled": np.ones(n, dtype=bool)},
+        "nan": {"candidates": np.full(x.shape, np.nan), "fooled": [1] * n},
+        "few": {"candidates": x[:2], "fooled": [True] * 2},
+        "crash": "no dictionary",
+    }
+
+
+@right("grader_forgery")
+def forged_by_cutting_pixels(question):
+    x = question["x"]
+    spoiled = [list(row) for row in x]
+    for row in spoiled:
+        row[0] = float("nan")
+    return {
+        "verdict": {"candidates": [[p + 0.1 for p in row] for row in x], "fooled": ["yes"] * len(x)},
+        "nan": {"candidates": spoiled, "fooled": [True] * len(x)},
+        "few": {"candidates": [[] for _ in x], "fooled": [True] * len(x)},
+        "crash": {"candidates": [], "fooled": []},
+    }
+
+
+@right("grader_forgery")
+def forged_with_words(question):
+    n = len(question["x"])
+    return {
+        "crash": {"candidates": [["x"]], "fooled": [True]},
+        "few": {"candidates": question["x"], "fooled": [True]},
+        "nan": {"candidates": [[math.nan] * 4 for _ in range(n)], "fooled": [True] * n},
+        "verdict": {"candidates": question["x"], "fooled": [2] * n},
+    }
+
+
+@right("grader_number")
+def number_by_exact_type(value, maximum):
+    if type(value) is not int and type(value) is not float:
+        return 0.0
+    return float(value) if 0 <= value <= maximum else 0.0
+
+
+@right("grader_number")
+def number_refused_early(value, maximum):
+    if isinstance(value, bool) or value.__class__ not in {int, float}:
+        return 0
+    if value != value or value < 0 or value > maximum:
+        return 0
+    return value
+
+
+@right("grader_number")
+def number_by_isfinite(value, maximum):
+    try:
+        number = float(value) if type(value) in (float, int) else math.nan
+    except OverflowError:
+        return np.float64(0)
+    return np.float64(number) if math.isfinite(number) and 0.0 <= number <= maximum else np.float64(0)
+
+
+@right("grader_seeds")
+def seed_of_json(secret, student, exercise):
+    message = json.dumps({"student": student, "exercise": exercise}).encode()
+    return int.from_bytes(hmac.new(secret, message, hashlib.sha256).digest()[:7], "little")
+
+
+@right("grader_seeds")
+def seed_with_lengths(secret, student, exercise):
+    parts = [part.encode() for part in (student, exercise)]
+    message = b"".join(len(part).to_bytes(4, "big") + part for part in parts)
+    return int(hmac.digest(secret, message, "sha512").hex()[:15], 16)
+
+
+@right("grader_seeds")
+def seed_in_two_steps(secret, student, exercise):
+    of_student = hashlib.blake2b(student.encode(), key=secret).digest()
+    digest = hashlib.blake2b(exercise.encode(), key=of_student, digest_size=8).digest()
+    return int.from_bytes(digest, "big") % 2**63
+
+
+@right("grader")
+def grader_in_loops(question, evidence):
+    try:
+        rows = [[float(pixel) for pixel in row] for row in evidence["candidates"]]
+        if [len(row) for row in rows] != [len(row) for row in question["x"]]:
+            return 0.0
+        if not all(math.isfinite(pixel) for row in rows for pixel in row):
+            return 0.0
+    except Exception:
+        return 0.0
+    earned = 0
+    for x, z, y in zip(question["x"], rows, question["y"], strict=True):
+        score = sum(w * pixel for w, pixel in zip(question["w"], z, strict=True)) + question["b"]
+        near = all(abs(after - before) <= question["eps"] for before, after in zip(x, z, strict=True))
+        earned += near and (score > 0) != bool(y)
+    return 4.0 * earned / len(rows)
+
+
+@right("grader")
+def grader_in_torch(question, evidence):
+    x = torch.tensor(question["x"], dtype=torch.float64)
+    try:
+        z = torch.tensor(evidence["candidates"], dtype=torch.float64)
+    except Exception:
+        return 0.0
+    if z.shape != x.shape or not bool(torch.isfinite(z).all()):
+        return 0.0
+    labels = (z @ torch.tensor(question["w"], dtype=torch.float64) + question["b"] > 0).long()
+    fooled = (labels != torch.tensor(question["y"])) & ((z - x).abs().amax(1) <= question["eps"])
+    return 4 * fooled.double().mean().item()
+
+
+@right("grader")
+def grader_that_fails_closed_around_everything(question, evidence):
+    try:
+        z = np.asarray(evidence["candidates"], dtype=np.float64)
+        x, w, y = (np.asarray(question[key]) for key in "xwy")
+        if (z - x).shape != z.shape or len(z) != len(x) or np.isnan(z.sum()) or np.isinf(z).any():
+            return 0.0
+        near = np.abs(z - x).max(axis=1) <= question["eps"] * (1 + 1e-6)
+        return float(4 * np.mean(near & ((z @ w + question["b"] > 0) != y)))
+    except Exception:
+        return 0.0

@@ -18,6 +18,7 @@ import robustkit.defences
 from robustkit.attacks import fgsm, pgd, rs_fgsm
 from robustkit.contracts import CONTRACTS, examine, judge_safely, observe_safely
 from robustkit.contracts.base import text
+from robustkit.contracts.grader import CLAIMS
 from robustkit.contracts.oracle import (
     LinearOracle,
     adversarial_cross_entropy,
@@ -43,7 +44,11 @@ from tests.mutants.models import scaled, survivors
 MODELS = ("fgsm_report", "robust_model")  # contracts that measure a trained network: slow, and drawn once
 MUTANTS = all_mutants()
 PREDICTION = {"0.1": 0.9, "0.2": 0.5, "0.3": 0.1}
-VALUES = {"prediction": PREDICTION, "statement": statement()}
+VALUES = {
+    "prediction": PREDICTION,
+    "statement": statement(),
+    "grader_prediction": dict.fromkeys(CLAIMS, True),
+}
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from robustkit.contracts import attacks, certify, measures, models, tradeoff
+from robustkit.contracts import attacks, certify, grader, measures, models, tradeoff
 from robustkit.contracts.base import Arrays, Contract, Finding, examine, judge_safely, observe_safely
 from robustkit.contracts.oracle import LinearOracle
 
@@ -21,6 +21,11 @@ CONTRACTS: dict[str, Contract] = {
     "curve": measures.CURVE,
     "robust_model": models.ROBUST_MODEL,
     "statement": measures.STATEMENT,
+    "grader_prediction": grader.GRADER_PREDICTION,
+    "grader_forgery": grader.FORGE,
+    "grader_number": grader.NUMBER,
+    "grader_seeds": grader.SEEDS,
+    "grader": grader.GRADER,
     "votes": certify.VOTES,
     "lower_bound": certify.LOWER_BOUND,
     "certified_radius": certify.CERTIFIED_RADIUS,
