@@ -61,7 +61,7 @@ def draw_question(seed: int, reach: float = 0.08) -> dict[str, Any]:
 
 
 def _draw_question(reach: float) -> Callable[[int], Arrays]:
-    return lambda seed: {"question": text(draw_question(seed, reach)), "seed": np.int64(seed)}
+    return lambda seed: {"question": text(draw_question(seed, reach))}
 
 
 def _said(value: Any) -> Arrays:
@@ -156,6 +156,15 @@ class _Claims:
         return 1.0
 
 
+# Values that JSON has not; they travel as these names.
+_SPECIAL: dict[str, Any] = {
+    "special: complex": 1j,
+    "special: bytes": b"1",
+    "special: converts": _Claims(),
+    "special: compares": _Sly(99.0),
+}
+
+
 def _numbers(seed: int) -> tuple[float, list[tuple[str, Any, float]]]:
     """The maximum, and values with the group they belong to and the points they are worth."""
     rng = np.random.default_rng(seed)
@@ -163,27 +172,15 @@ def _numbers(seed: int) -> tuple[float, list[tuple[str, Any, float]]]:
     inside = float(np.round(rng.uniform(0.5, maximum - 0.5), 3))
     honest = [0.0, 0, 1, int(maximum), maximum, inside]
     beyond = [math.nan, math.inf, -math.inf, -inside, -1, maximum + inside, 10**400, -(10**400)]
-    other: list[Any] = [
-        True,
-        False,
-        None,
-        str(inside),
-        "nan",
-        "full marks",
-        [inside],
-        {},
-        1j,
-        b"1",
-        _Claims(),
-        _Sly(99.0),
-    ]
+    other = [True, False, None, str(inside), "nan", "full marks", [inside], {}, *_SPECIAL]
     values: list[tuple[str, Any, float]] = [("honest", value, float(value)) for value in honest]
     values += [("range", value, 0.0) for value in beyond] + [("types", value, 0.0) for value in other]
     return maximum, [values[i] for i in rng.permutation(len(values))]
 
 
-def _draw_seed(seed: int) -> Arrays:
-    return {"seed": np.int64(seed)}
+def _draw_numbers(seed: int) -> Arrays:
+    maximum, values = _numbers(seed)
+    return {"seed": np.int64(seed), "maximum": maximum, "values": text([value for _, value, _ in values])}
 
 
 def _outcome(call: Callable[[], Any]) -> float | str:
@@ -194,12 +191,19 @@ def _outcome(call: Callable[[], Any]) -> float | str:
         return "raised"
     if type(value) not in (int, float) and not isinstance(value, np.number):
         return "no number"
-    return float(value) if math.isfinite(value) else "not finite"
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    return number if math.isfinite(number) else "not finite"
 
 
 def _observe_number(validated: Any, case: Arrays) -> Arrays:
-    maximum, values = _numbers(int(case["seed"]))
-    return _said([_outcome(lambda value=value: validated(value, maximum)) for _, value, _ in values])  # type: ignore[misc]
+    def one(value: Any) -> float | str:
+        given = _SPECIAL.get(value, value) if isinstance(value, str) else value
+        return _outcome(lambda: validated(given, float(case["maximum"])))
+
+    return _said([one(value) for value in untext(case["values"])])
 
 
 def _judge_number(case: Arrays, evidence: Arrays) -> list[Finding]:
@@ -220,7 +224,14 @@ def _judge_number(case: Arrays, evidence: Arrays) -> list[Finding]:
     return found
 
 
-NUMBER = Contract(("honest", "range", "types"), _draw_seed, _observe_number, _judge_number)
+NUMBER = Contract(
+    ("honest", "range", "types"),
+    _draw_numbers,
+    _observe_number,
+    _judge_number,
+    essential=("range", "types"),
+    hidden=("seed",),
+)
 
 
 # --- seeds -------------------------------------------------------------------------------------------------
@@ -243,12 +254,16 @@ def _calls(seed: int) -> list[tuple[str, bytes, str, str]]:
     return calls
 
 
+def _draw_seeds(seed: int) -> Arrays:
+    return {"seed": np.int64(seed), "calls": text([[call[1].hex(), *call[2:]] for call in _calls(seed)])}
+
+
 def _observe_seeds(case_seed: Any, case: Arrays) -> Arrays:
-    def one(secret: bytes, student: str, exercise: str) -> int | str:
-        value = case_seed(secret, student, exercise)
+    def one(secret: str, student: str, exercise: str) -> int | str:
+        value = case_seed(bytes.fromhex(secret), student, exercise)
         return value if type(value) is int and abs(value) < 2**200 else "no seed"
 
-    return _said([one(*call[1:]) for call in _calls(int(case["seed"]))])
+    return _said([one(*call) for call in untext(case["calls"])])
 
 
 def _judge_seeds(case: Arrays, evidence: Arrays) -> list[Finding]:
@@ -276,7 +291,14 @@ def _judge_seeds(case: Arrays, evidence: Arrays) -> list[Finding]:
     return found
 
 
-SEEDS = Contract(("repeatable", "keyed", "separate"), _draw_seed, _observe_seeds, _judge_seeds)
+SEEDS = Contract(
+    ("repeatable", "keyed", "separate"),
+    _draw_seeds,
+    _observe_seeds,
+    _judge_seeds,
+    essential=("keyed", "separate"),
+    hidden=("seed",),
+)
 
 
 # --- the grader --------------------------------------------------------------------------------------------
@@ -335,14 +357,17 @@ def _submissions(seed: int) -> tuple[dict[str, Any], list[tuple[str, Any, float]
     return question, [found[i] for i in rng.permutation(len(found))]
 
 
+def _draw_submissions(seed: int) -> Arrays:
+    question, submissions = _submissions(seed)
+    evidence = [evidence for _, evidence, _ in submissions]
+    return {"seed": np.int64(seed), "question": text(question), "submissions": text(evidence)}
+
+
 def _observe_grader(grade: Any, case: Arrays) -> Arrays:
-    question, submissions = _submissions(int(case["seed"]))
-    return _said(
-        [
-            _outcome(lambda evidence=evidence: grade(copy.deepcopy(question), copy.deepcopy(evidence)))  # type: ignore[misc]
-            for _, evidence, _ in submissions
-        ]
-    )
+    def one(evidence: Any) -> float | str:
+        return _outcome(lambda: grade(untext(case["question"]), evidence))
+
+    return _said([one(evidence) for evidence in untext(case["submissions"])])
 
 
 _PAID = {
@@ -386,4 +411,11 @@ def _judge_grader(case: Arrays, evidence: Arrays) -> list[Finding]:
     return found
 
 
-GRADER = Contract(("honest", *_PAID), _draw_seed, _observe_grader, _judge_grader)
+GRADER = Contract(
+    ("honest", *_PAID),
+    _draw_submissions,
+    _observe_grader,
+    _judge_grader,
+    essential=tuple(_PAID),
+    hidden=("seed",),
+)

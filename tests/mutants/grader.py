@@ -219,6 +219,7 @@ declare(
     "grader",
     "naive",
     naive_grade,
+    honest="NOT_COUNTED",
     recomputed="VERDICT_BELIEVED",
     finite="NOT_FINITE_PAID",
     whole="INCOMPLETE_PAID",
