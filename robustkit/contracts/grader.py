@@ -172,7 +172,7 @@ def _numbers(seed: int) -> tuple[float, list[tuple[str, Any, float]]]:
     inside = float(np.round(rng.uniform(0.5, maximum - 0.5), 3))
     honest = [0.0, 0, 1, int(maximum), maximum, inside]
     beyond = [math.nan, math.inf, -math.inf, -inside, -1, maximum + inside, 10**400, -(10**400)]
-    other = [True, False, None, str(inside), "nan", "full marks", [inside], {}, *_SPECIAL]
+    other: list[Any] = [True, False, None, str(inside), "nan", "full marks", [inside], {}, *_SPECIAL]
     values: list[tuple[str, Any, float]] = [("honest", value, float(value)) for value in honest]
     values += [("range", value, 0.0) for value in beyond] + [("types", value, 0.0) for value in other]
     return maximum, [values[i] for i in rng.permutation(len(values))]
