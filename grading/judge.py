@@ -9,6 +9,7 @@ import builtins
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from grading import evidence, records
@@ -32,7 +33,7 @@ from grading.records import (
 from grading.workspace import case_seed
 from robustkit import __version__
 from robustkit.contracts import CONTRACTS, Finding, judge_safely
-from robustkit.contracts.base import untext
+from robustkit.contracts.base import measuring, untext
 from robustkit.errors import RobustkitError
 from robustkit.lessons import LESSONS, Exercise, Lesson, award
 
@@ -107,11 +108,19 @@ def _judge_exercise(
         if entry.outcome == TIMED_OUT and note.code == "NOT_FOUND":
             return _everywhere(exercise, TIMED_OUT, _NO_VERDICT[TIMED_OUT])
         return _everywhere(exercise, _OUTCOMES.get(note.code, FAILED), note)
-    findings = judge_safely(contract, case, arrays)
+    with measuring() as shares:
+        findings = judge_safely(contract, case, arrays)
     points = award(exercise, findings)
     return [
-        _mark(
-            exercise, criterion, points[criterion], [f for f in findings if f.criterion == criterion], entry
+        replace(
+            _mark(
+                exercise,
+                criterion,
+                points[criterion],
+                [f for f in findings if f.criterion == criterion],
+                entry,
+            ),
+            measured=shares.get(criterion),
         )
         for criterion in exercise.points
     ]

@@ -6,13 +6,16 @@ import statistics
 from dataclasses import replace
 
 import pytest
+import torch
 from bs4 import BeautifulSoup
 
 from grading import class_report, judge, records
 from grading.records import Note
 from grading.score import read_scorecard, score, write_scorecard
-from grading.workspace import ROOT
-from robustkit.lessons import LESSONS
+from grading.workspace import ROOT, case_seed
+from robustkit.contracts import CONTRACTS
+from robustkit.lessons import LESSONS, save_arrays
+from robustkit.models import pretrained
 from robustkit.results import Interval
 
 LESSON = LESSONS["01-mnist-fgsm"]
@@ -105,6 +108,36 @@ def test_measured_shares_survive_json(cards, tmp_path):
     for mark in (mark for exercise in cards[0].exercises for mark in exercise.marks):
         fields = {name: getattr(mark, name) for name in mark.__dataclass_fields__ if name != "measured"}
         assert records.read_mark({**fields, "notes": []}) == replace(mark, notes=(), measured=None)
+
+
+@pytest.mark.parametrize(("name", "listed"), [("mnist-pgd", False), ("mnist-clean", True)])
+def test_judge_records_what_it_measured(name, listed, tmp_path, monkeypatch):
+    """Weights that the judge attacked have a figure of the judge's; shipped ones are refused without one."""
+    monkeypatch.setenv("ROBUSTKIT_TIER", "smoke")
+    monkeypatch.setenv("ROBUSTKIT_OFFLINE", "1")
+    monkeypatch.setenv("ROBUSTKIT_CACHE", str(tmp_path))
+    monkeypatch.delenv("ROBUSTKIT_DATA", raising=False)
+    exercise = LESSON.exercise(MODEL)
+    model = pretrained(name)
+    if listed:  # no longer the shipped one
+        with torch.no_grad():
+            model[-1].weight.mul_(0.0)
+    contract = CONTRACTS[exercise.contract]
+    secret = b"a secret of the tests' own, of 32"
+    case = contract.draw(case_seed(secret, "ada", LESSON.id, MODEL))
+    save_arrays(tmp_path / f"{MODEL}.npz", contract.observe(model, case))
+    digest = records.sha256((tmp_path / f"{MODEL}.npz").read_bytes())
+    entry = records.Collected(MODEL, records.COLLECTED, digest, "")
+    run = records.Run("ada", LESSON.id, "smoke", "", "0", (), 0, 1.0, (entry,))
+    records.write(tmp_path / "run.json", run)
+    found = {mark.criterion: mark for mark in judge.judge(tmp_path, secret).marks if mark.exercise == MODEL}
+    assert (found["pgd_full"].measured is not None) == listed
+    if listed:  # one class for all images: what is right stays right, whatever is done to the image
+        k, n = found["clean"].measured
+        assert n == 200
+        assert 0 < k < 100
+        assert found["pgd_full"].measured == (k, n)
+    assert found["pgd_half"].measured is None
 
 
 def test_page_is_static_whole_and_readable_without_eyes_or_network(cards):

@@ -9,7 +9,9 @@ and `judge` in another process; cases and evidence are plain arrays, so that the
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,6 +120,25 @@ def withheld(contract: Contract, found: list[Finding]) -> list[Finding]:
     return [
         Finding(criterion, "NOT_COUNTED", hint) for criterion in contract.criteria if criterion not in lost
     ]
+
+
+@contextmanager
+def measuring() -> Iterator[dict[str, tuple[int, int]]]:
+    """What a judge measures meanwhile: criterion -> k of n. The points do not depend on it."""
+    found: dict[str, tuple[int, int]] = {}
+    before = _shares.set(found)
+    try:
+        yield found
+    finally:
+        _shares.reset(before)
+
+
+def measured(criterion: str, k: int, n: int) -> None:
+    """Tell whoever listens what a judge has measured for a criterion."""
+    _shares.get({})[criterion] = (k, n)
+
+
+_shares: ContextVar[dict[str, tuple[int, int]]] = ContextVar("shares")
 
 
 def everywhere(contract: Contract, code: str, hint: str) -> list[Finding]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from robustkit.attacks import fgsm
 from robustkit.audit import CHECKS, Budget, Runs
-from robustkit.contracts.base import Arrays, Contract, Finding, text, untext
+from robustkit.contracts.base import Arrays, Contract, Finding, measured, text, untext
 from robustkit.data import load
 from robustkit.device import attackable, seeded, strict_fp32, tier
 from robustkit.models import mnist_cnn, pretrained, zoo
@@ -209,11 +209,13 @@ def _judge_robust_model(case: Arrays, evidence: Arrays) -> list[Finding]:
         return [Finding(criterion, "SHIPPED_WEIGHTS", hint) for criterion in _ROBUST]
     right = _correct(model, x, y)
     clean, found = _share(right), []
+    measured("clean", clean.k, clean.n)
     if clean.low < ROBUST_CLEAN_MARK[level]:
         hint = f"clean accuracy {clean}: lower bound below {ROBUST_CLEAN_MARK[level]:.0%}"
         found.append(Finding("clean", "CLEAN_ACCURACY_LOW", hint))
     one_step = _share(right & _correct(model, x, y, lambda a, b: fgsm(model, a, b, BALL)))
     robust, doubts = _attacked(model, x, y, level, int(case["seed"]))
+    measured("pgd_full", robust.k, robust.n)
     told = f"under the worst of the judge's attacks at eps 0.3 it keeps {robust}"
     masked = one_step.share - robust.share > 0.2
     for criterion, mark in (("pgd_half", PGD_HALF_MARK[level]), ("pgd_full", PGD_FULL_MARK[level])):
