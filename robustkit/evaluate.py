@@ -56,6 +56,7 @@ ATTACKS: dict[str, Attack] = {
     "rs-fgsm": rs_fgsm,
     "pgd-10": partial(pgd, steps=10),
     "pgd-40": partial(pgd, steps=40),
+    "pgd-50x10": partial(pgd, steps=50, restarts=10),
     "pgd-100x10": partial(pgd, steps=100, restarts=10),
     "apgd-ce": apgd,
     "apgd-dlr": partial(apgd, loss=dlr),

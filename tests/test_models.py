@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import shutil
 import struct
@@ -15,6 +16,7 @@ from torch import nn
 
 from robustkit.data import load
 from robustkit.errors import RobustkitError
+from robustkit.evaluate import ATTACKS, evaluate
 from robustkit.files import write_atomically
 from robustkit.models import (
     MODELS,
@@ -25,6 +27,13 @@ from robustkit.models import (
     pretrained,
     save_weights,
     zoo,
+)
+from robustkit.models.files import save_shards
+from robustkit.threat import Ball
+
+REAL = Path(os.environ.get("ROBUSTKIT_DATA") or "unset")
+needs_lossless = pytest.mark.skipif(
+    not (REAL / "cifar10-lossless-4k.npz").is_file(), reason="ROBUSTKIT_DATA names no folder with CIFAR-10"
 )
 
 
@@ -218,12 +227,21 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
 # --- trained models that come with the package -------------------------------------------------------
 
 
+OF_MNIST = [name for name in zoo.names() if zoo.card(name)["architecture"] == "mnist_cnn"]
+OF_CIFAR10 = [name for name in zoo.names() if name not in OF_MNIST]
+
+
 @pytest.mark.parametrize("name", zoo.names())
-def test_a_trained_model_is_float32_in_eval_mode_and_classifies_as_its_card_says(name):
-    """On the digits at hand without a download: another data set, so only far above chance is asked."""
-    model, described = pretrained(name), zoo.card(name)
+def test_a_trained_model_is_float32_in_eval_mode(name):
+    model = pretrained(name)
     assert not model.training
     assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("name", OF_MNIST)
+def test_a_trained_model_classifies_as_its_card_says(name):
+    """On the digits at hand without a download: another data set, so only far above chance is asked."""
+    model, described = pretrained(name), zoo.card(name)
     images = load("digits", "test", limit=200)
     right = (model(images.x).argmax(1) == images.y).float().mean().item()
     assert right > 0.25
@@ -233,6 +251,74 @@ def test_a_trained_model_is_float32_in_eval_mode_and_classifies_as_its_card_says
     assert measured["clean"]["k"] > 800
     # Training against one FGSM step fails against PGD; a random start before it is what repairs it.
     assert (measured["robust"]["k"] > 800) == (name not in ("mnist-clean", "mnist-fgsm"))
+
+
+@pytest.mark.parametrize("name", OF_CIFAR10)
+def test_a_card_says_where_its_images_are_from_and_that_none_was_trained_on_or_selected_by(name):
+    described = zoo.card(name)
+    assert described["data"]["exact"] is (described["data"]["dataset"] == "CIFAR-10")
+    assert (
+        "far below what is published" in described["note"] or described["architecture"] == "preact_resnet18"
+    )
+    for section in {"measured", "lossless", "other_ball"} & described.keys():
+        measured = described[section]
+        assert measured["data"]["split"] in ("test", "report")
+        assert measured["attacks"][0]["name"] == "pgd-50x10"
+        after = [run["accuracy_after"]["k"] for run in measured["attacks"]]
+        assert measured["clean"]["k"] >= after[0]
+        assert after == sorted(after, reverse=True)
+        assert after[-1] == measured["robust"]["k"]
+    assert described["measured"]["threat"] == described["threat"]
+
+
+@needs_lossless
+@pytest.mark.parametrize("name", OF_CIFAR10)
+def test_the_lossless_half_gives_the_figures_of_the_card_again(name, monkeypatch):
+    """The clean figure to the image; PGD-10, weaker than the card's attack, cannot break more than all do."""
+    monkeypatch.setenv("ROBUSTKIT_DATA", str(REAL))
+    described, model = zoo.card(name)["lossless"], pretrained(name)
+    images = load("cifar10-lossless-4k", "report", limit=described["clean"]["n"])
+    assert int((model(images.x).argmax(1) == images.y).sum()) == described["clean"]["k"]
+    ball = Ball("L2", 0.5)
+    found = evaluate(
+        model, images, ball, {"pgd-10": ATTACKS["pgd-10"]}, model_name=name, tier="smoke", progress=False
+    )
+    assert described["threat"].startswith(str(ball))
+    assert described["robust"]["k"] <= found.robust.k <= described["robust"]["k"] + 0.05 * found.n
+
+
+def test_weights_in_shards_are_those_in_one_file(tmp_path):
+    model, other = tiny(1), tiny(2)
+    sizes = [value.nbytes for value in model.state_dict().values()]
+    paths = save_shards(model, tmp_path / "model.safetensors", most=max(sizes))
+    assert len(paths) > 2
+    assert paths[0].name == f"model-1of{len(paths)}.safetensors"
+    for path in paths:
+        assert sum(value.nbytes for value in safetensors.torch.load_file(path).values()) <= max(sizes)
+    load_weights(other, *paths)
+    assert all(torch.equal(other.state_dict()[name], value) for name, value in model.state_dict().items())
+    with pytest.raises(RobustkitError, match=r"lacks .* and is of another architecture"):
+        load_weights(other, *paths[1:])
+    assert save_shards(model, tmp_path / "model.safetensors", most=10**6) == [tmp_path / "model.safetensors"]
+
+
+def test_a_card_of_shards_covers_all_of_them(tmp_path):
+    model = build("mnist_cnn", seed=1)
+    paths = save_shards(model.half(), tmp_path / "large.safetensors", most=200_000)
+    assert len(paths) == 2
+    card = {"architecture": "mnist_cnn", "files": [path.name for path in paths], "sha256": zoo.digest(paths)}
+    (tmp_path / "large.json").write_text(json.dumps(card))
+    loaded = zoo.load("large", build, tmp_path)
+    for value, stored in zip(loaded.parameters(), model.parameters(), strict=True):
+        assert torch.equal(value, stored.float())
+    damaged = bytearray(paths[1].read_bytes())
+    damaged[-1] ^= 1
+    paths[1].write_bytes(damaged)
+    with pytest.raises(RobustkitError, match=r"large-1of2.safetensors, large-2of2.safetensors has sha256"):
+        zoo.load("large", build, tmp_path)
+    paths[1].unlink()
+    with pytest.raises(RobustkitError, match=r"large-2of2.safetensors cannot be read"):
+        zoo.load("large", build, tmp_path)
 
 
 def test_trained_weights_other_than_those_of_the_card_are_refused_in_a_sentence(tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from robustkit.errors import RobustkitError
 from robustkit.models.files import load_weights
 
 WEIGHTS = Path(__file__).parent.parent / "weights"
+SHARD = 15 * 2**20  # bytes of tensors in one file, at most
 
 
 def names(folder: Path = WEIGHTS) -> list[str]:
@@ -37,15 +38,26 @@ def load(name: str, build: Callable[[str], nn.Module], folder: Path = WEIGHTS) -
 
     Raises: RobustkitError for an unknown name, or weights that are not those of the card.
     """
-    described, path = card(name, folder), folder / f"{name}.safetensors"
-    try:
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError as error:
-        raise RobustkitError(f"{path} cannot be read ({error.strerror}); install robustkit again.") from error
-    if digest != described["sha256"]:
+    described = card(name, folder)
+    paths = [folder / file for file in described.get("files", [f"{name}.safetensors"])]
+    found = digest(paths)
+    if found != described["sha256"]:
         raise RobustkitError(
-            f"{path.name} has sha256 {digest[:12]}, its card says {described['sha256'][:12]}; "
-            "install robustkit again."
+            f"{', '.join(path.name for path in paths)} has sha256 {found[:12]}, its card says "
+            f"{described['sha256'][:12]}; install robustkit again."
         )
     # Half precision is the storage format alone: the arithmetic is float32, as it was in training.
-    return load_weights(build(described["architecture"]).half(), path).float().eval()
+    return load_weights(build(described["architecture"]).half(), *paths).float().eval()
+
+
+def digest(paths: Sequence[Path]) -> str:
+    """The sha256 of the files' bytes, one after the other. Raises: RobustkitError when one cannot be read."""
+    found = hashlib.sha256()
+    for path in paths:
+        try:
+            found.update(path.read_bytes())
+        except OSError as error:
+            raise RobustkitError(
+                f"{path} cannot be read ({error.strerror}); install robustkit again."
+            ) from error
+    return found.hexdigest()
