@@ -139,12 +139,12 @@ RECIPES: dict[str, Recipe] = {
         _mnist("mnist-ibp", "ibp-0.1", *_BOUNDS, _SMALL),
         _mnist("mnist-crown-ibp", "crown-ibp-0.1", *_BOUNDS, _SMALL),
         # The three that `make zoo` trains.
-        _cifar10("cifar10-l2", "pgd-10-awp", _TRAINED_L2, _LONG),
-        _cifar10("cifar10-linf", "pgd-10-awp", _LINF, _LONG),
+        _cifar10("cifar10-l2", "pgd-10-l2-awp", _TRAINED_L2, _LONG),
+        _cifar10("cifar10-linf", "pgd-10-linf-awp", _LINF, _LONG),
         _cifar10("cifar10-gaussian-0.25", "gaussian-0.25", _L2, _LONG, held_out=None),
         # Other roads to the same place.
-        _cifar10("cifar10-l2-pgd", "pgd-10-at", _TRAINED_L2, _LONG),
-        _cifar10("cifar10-l2-strong", "pgd-10-awp", _TRAINED_L2, _LONG, augmentation="strong"),
+        _cifar10("cifar10-l2-pgd", "pgd-10-l2-at", _TRAINED_L2, _LONG),
+        _cifar10("cifar10-l2-strong", "pgd-10-l2-awp", _TRAINED_L2, _LONG, augmentation="strong"),
         _cifar10("cifar10-l2-one-step", "one-step-l2-at", _TRAINED_L2, _SHORT),
         _cifar10("cifar10-linf-trades", "trades-awp", _LINF, _LONG),
         _cifar10("cifar10-linf-rs-fgsm", "rs-fgsm-at", _LINF, _SHORT),

@@ -59,9 +59,9 @@ class Test:
 
 _PGD = {"pgd-50x10": ATTACKS["pgd-50x10"]}
 _MNIST = Test("measured", "mnist", "test", {"pgd-100x10": ATTACKS["pgd-100x10"]})
-_JPEG = Test("measured", "cifar10-jpeg", "test", _PGD | PROTOCOLS["fast"])
+_JPEG = Test("measured", "cifar10-jpeg", "test", {**_PGD, **PROTOCOLS["fast"]})
 _LOSSLESS = Test("lossless", "cifar10-lossless-4k", "report", _PGD)
-_PUBLISHED = Test("measured", "cifar10", "test", _PGD | PROTOCOLS["fast"])
+_PUBLISHED = Test("measured", "cifar10", "test", _JPEG.attacks)
 TESTS = {"mnist": [_MNIST], "cifar10-jpeg": [_JPEG, _LOSSLESS], "cifar10": [_PUBLISHED]}
 
 SURROGATES = {"mnist": "mnist-clean"}  # for the audit: a model of the task that was trained without a defence
@@ -143,7 +143,8 @@ def reported(trained: Ball) -> Ball:
 
 def settings(recipe: Recipe) -> dict[str, Any]:
     """What the recipe fixes of its defence, e.g. the noise."""
-    return getattr(DEFENCES[recipe.defence], "keywords", {})
+    fixed: dict[str, Any] = getattr(DEFENCES[recipe.defence], "keywords", {})
+    return fixed
 
 
 def summary(section: dict[str, Any]) -> str:
