@@ -170,7 +170,7 @@ def _numbers(seed: int) -> tuple[float, list[tuple[str, Any, float]]]:
     rng = np.random.default_rng(seed)
     maximum = float(rng.integers(3, 9))
     inside = float(np.round(rng.uniform(0.5, maximum - 0.5), 3))
-    honest = [0.0, 0, 1, int(maximum), maximum, inside]
+    honest = [0.0, 0, 1, 0.25, int(maximum), maximum, inside]
     beyond = [math.nan, math.inf, -math.inf, -inside, -1, maximum + inside, 10**400, -(10**400)]
     other: list[Any] = [True, False, None, str(inside), "nan", "full marks", [inside], {}, *_SPECIAL]
     values: list[tuple[str, Any, float]] = [("honest", value, float(value)) for value in honest]
@@ -310,6 +310,17 @@ def _attacked(question: dict[str, Any], rows: Array, size: float) -> list[list[f
     return (x - size * np.outer((2 * y - 1) * rows, np.sign(w))).tolist()  # type: ignore[no-any-return]
 
 
+def _one_too_far(question: dict[str, Any], candidates: list[list[float]], side: int) -> list[list[float]]:
+    """Each image with one pixel that went on to `side`, out of the ball; untouched where none goes that way."""
+    found = []
+    for before, after in zip(question["x"], candidates, strict=True):
+        there = [j for j in range(PIXELS) if side * (after[j] - before[j]) > 0]
+        found.append(
+            [pixel + side * EPS * (j == there[0]) for j, pixel in enumerate(after)] if there else before
+        )
+    return found
+
+
 def _submissions(seed: int) -> tuple[dict[str, Any], list[tuple[str, Any, float]]]:
     """A question, and evidence with the group it belongs to and the points it is worth, known by construction."""
     rng = np.random.default_rng(seed)
@@ -334,6 +345,9 @@ def _submissions(seed: int) -> tuple[dict[str, Any], list[tuple[str, Any, float]
         ("recomputed", evidence(question["x"]), 0.0),
         ("recomputed", evidence(_attacked(question, every, -inside)), 0.0),
         ("recomputed", evidence(_attacked(question, every, 1.5 * EPS)), 0.0),
+        ("recomputed", evidence(_one_too_far(question, full, 1)), 0.0),
+        ("recomputed", evidence(_one_too_far(question, full, -1)), 0.0),
+        ("recomputed", evidence(_attacked(question, 1.5 - 0.5 * some, inside)), worth),
         ("finite", evidence(broken), 0.0),
         *(("finite", evidence([[bad] * PIXELS] * IMAGES), 0.0) for bad in (math.nan, math.inf, -math.inf)),
         ("whole", evidence(full[:2]), 0.0),

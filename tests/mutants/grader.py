@@ -240,6 +240,30 @@ def ignores_the_ball(question, evidence):
 
 
 @mutant("grader", recomputed="VERDICT_BELIEVED")
+def one_pixel_inside_is_enough(question, evidence):
+    z = _read(question, evidence)
+    if z is None:
+        return 0.0
+    near = (np.abs(z - np.array(question["x"])) <= question["eps"] + 1e-9).any(1)
+    return MAXIMUM * float((near & _fools(question, z)).mean())
+
+
+@mutant("grader", recomputed="VERDICT_BELIEVED")
+def nothing_when_one_image_is_too_far(question, evidence):
+    z = _read(question, evidence)
+    return 0.0 if z is None else MAXIMUM * float((_inside(question, z).all() & _fools(question, z)).mean())
+
+
+@mutant("grader", recomputed="VERDICT_BELIEVED")
+def too_far_upwards_only(question, evidence):
+    z = _read(question, evidence)
+    if z is None:
+        return 0.0
+    near = (z - np.array(question["x"]) <= question["eps"] + 1e-9).all(1)
+    return MAXIMUM * float((near & _fools(question, z)).mean())
+
+
+@mutant("grader", recomputed="VERDICT_BELIEVED")
 def wants_the_claims_to_agree(question, evidence):
     """Evidence is enough: a learner who says too little has earned her points all the same."""
     z = _read(question, evidence)
