@@ -170,6 +170,25 @@ def _class(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _mutate(arguments: argparse.Namespace) -> int:
+    from grading import mutate
+    from grading.judge import find_lesson
+
+    lesson = find_lesson(arguments.lesson)
+    verdicts = mutate.mutate(
+        repository(),
+        lesson,
+        arguments.journal or Path("runs", "mutate", f"{lesson.id}.jsonl"),
+        exercises=arguments.exercise,
+        sample=arguments.sample,
+        seed=arguments.seed,
+        jobs=arguments.jobs,
+        sandbox=arguments.sandbox,
+    )
+    _report(arguments, [asdict(verdict) for verdict in verdicts], mutate.report(verdicts, lesson))
+    return 0 if mutate.kills(verdicts, lesson.id).share.share >= mutate.LEAST else 1
+
+
 def _demo(arguments: argparse.Namespace) -> int:
     from grading import demo
 
@@ -292,6 +311,25 @@ def _parser() -> argparse.ArgumentParser:
 
     report = hop("report", _class, "Make the class report, one HTML page.", "report -o class.html")
     report.add_argument("-o", "--out", type=Path, required=True, metavar="PAGE")
+
+    mutate = hop(
+        "mutate",
+        _mutate,
+        "Grade mutants of a lesson's reference solution: how many of them lose points, and which do not. "
+        "Exit 1 when fewer than 95 % do. Stopped, it goes on where it was.",
+        "mutate 00-start-here --jobs 2",
+    )
+    mutate.add_argument("lesson", metavar="LESSON")
+    mutate.add_argument(
+        "--exercise", action="append", default=[], metavar="ID", help="only this one; may be repeated"
+    )
+    mutate.add_argument("--sample", type=int, metavar="N", help="only so many, of each exercise in turn")
+    mutate.add_argument("--seed", type=int, default=0, help="of the sample (default: %(default)s)")
+    mutate.add_argument(
+        "--jobs", type=int, default=1, metavar="N", help="kernels at once (default: %(default)s)"
+    )
+    mutate.add_argument("--journal", type=Path, help="default: runs/mutate/LESSON.jsonl")
+    mutate.add_argument("--sandbox", default="auto", metavar="TIER", help="default: %(default)s")
 
     demo = hop(
         "demo", _demo, "Grade four example submissions to lesson 1, from build to class report.", "demo"

@@ -16,6 +16,7 @@ from robustkit.errors import RobustkitError
 
 MOST_BYTES = 64 * 2**20  # per exercise; the weights of the course's models are a tenth of it
 MOST_ARRAYS = 512
+MOST_HEADER = 1000  # bytes; numpy writes 118 for any array that is read here
 _HEADER = 10  # bytes before the header's text in version 1.0 of the .npy format
 
 
@@ -34,6 +35,8 @@ def parse(data: bytes) -> Arrays:
             members = archive.infolist()
             if len(members) > MOST_ARRAYS:
                 raise ValueError(f"{len(members)} arrays, at most {MOST_ARRAYS} are read")
+            if len({member.filename for member in members}) < len(members):
+                raise ValueError("two arrays of one name")
             if sum(member.file_size for member in members) > MOST_BYTES:
                 raise ValueError("more bytes inside than outside")
             arrays = {}
@@ -62,6 +65,8 @@ def _array(data: bytes) -> np.ndarray[tuple[int, ...], np.dtype[np.generic]]:
     if data[:8] != b"\x93NUMPY\x01\x00":
         raise ValueError("not version 1.0 of the .npy format")
     end = _HEADER + int.from_bytes(data[8:10], "little")
+    if end > _HEADER + MOST_HEADER:
+        raise ValueError(f"a header of {end - _HEADER} bytes")
     header = ast.literal_eval(data[_HEADER:end].decode("latin1").strip())
     descr, shape, fortran = header["descr"], header["shape"], header["fortran_order"]
     if not isinstance(descr, str) or len(descr) > 8:

@@ -407,15 +407,15 @@ def curve_that_attacks_survivors_only(model, x, y, epsilons, attack):
 def alarms_as_tuple(clean, fgsm, pgd):
     return tuple(
         name
-        for name, raised in (("MASKED_GRADIENTS", fgsm - pgd > 0.2), ("LABEL_LEAKING", fgsm > clean))
+        for name, raised in (("MASKED_GRADIENTS", fgsm - pgd > 0.2), ("LABEL_LEAKING", fgsm > clean + 0.01))
         if raised
     )
 
 
 @right("alarms")
-def alarms_by_ratio(clean, fgsm, pgd):
-    found = {"LABEL_LEAKING"} if fgsm - clean >= 0.01 else set()
-    return found | {"MASKED_GRADIENTS"} if pgd < fgsm / 2 and fgsm > 0.5 else found
+def alarms_in_points(clean, fgsm, pgd):
+    found = {"LABEL_LEAKING"} if 100 * (fgsm - clean) >= 1 else set()
+    return found | {"MASKED_GRADIENTS"} if round(100 * (fgsm - pgd), 6) > 20 else found
 
 
 # --- smoothing ---------------------------------------------------------------------------------------

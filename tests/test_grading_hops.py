@@ -387,6 +387,16 @@ def _npz(member: bytes, name="a.npy", compression=zipfile.ZIP_STORED) -> bytes:
     return buffer.getvalue()
 
 
+def _twice(member: bytes) -> bytes:
+    """Two members of one name: which of them is read must not depend on the reader."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("a.npy", member)
+        with pytest.warns(UserWarning, match="Duplicate name"):
+            archive.writestr("a.npy", member)
+    return buffer.getvalue()
+
+
 def _npy(header: str, data: bytes = b"") -> bytes:
     return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header.encode() + data
 
@@ -406,6 +416,11 @@ def _npy(header: str, data: bytes = b"") -> bytes:
         _npz(_npy("{'descr': '<f8', 'fortran_order': False, 'shape': (1,)}", b"\0" * 7)),
         _npz(_npy("__import__('os').system('true')")),
         _npz(_npy("[" * 5000)),
+        _npz(_npy("{'descr': '<f8', 'fortran_order': False, 'shape': (0,)}" + " " * 2000)),
+        _npz(_npy("{'descr': '<f8', 'fortran_order': False, 'shape': (True,)}", b"\0" * 8)),
+        _npz(_npy("{'descr': '<f8', 'fortran_order': False, 'shape': (2**62, 4)}")),
+        _npz(_npy("{'descr': '<f99999', 'fortran_order': False, 'shape': (1,)}", b"\0" * 8)),
+        _twice(_npy("{'descr': '<f8', 'fortran_order': False, 'shape': (1,)}", b"\0" * 8)),
         _npz(_npy("{}")),
         _npz(_npy("{'descr': '<f8', 'fortran_order': False, 'shape': 5}")),
         _npz(b"x" * 100, name="a.txt"),

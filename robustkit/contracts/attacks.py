@@ -87,6 +87,7 @@ def _observe_fgsm(attack: Any, case: Arrays) -> Arrays:
     return {
         "candidate": _candidates(call, case),
         "corner": _candidates(call, case, "corner_"),
+        "flat": _candidates(call, case, model=flat_oracle(case)),
         "left": text(side_effects(call, case)),
     }
 
@@ -168,8 +169,8 @@ def _unusable(case: Arrays, evidence: Arrays, names: tuple[str, ...]) -> tuple[s
 
 
 _BATCH = {"corner": "corner_x", "valley": "valley_x"}  # what was not recorded on the batch "x"
-_FGSM_RECORDS = ("candidate", "corner")
-_RS_FGSM_RECORDS = (*_FGSM_RECORDS, "valley", "start", "other_start", "same_seed")
+_FGSM_RECORDS = ("candidate", "corner", "flat")
+_RS_FGSM_RECORDS = ("candidate", "corner", "valley", "start", "other_start", "same_seed")
 _PGD_RECORDS = (*_RS_FGSM_RECORDS, "short")
 
 

@@ -276,11 +276,14 @@ _ALARM_RULES: tuple[frozenset[str], ...] = (
     frozenset({MASKED_GRADIENTS}),  # masked
     frozenset(),  # honest
     frozenset(),  # undefended
+    frozenset({MASKED_GRADIENTS, LABEL_LEAKING}),  # leaking by more than one point, and less than two
+    frozenset({MASKED_GRADIENTS}),  # masked by little more than 20 points
+    frozenset(),  # FGSM above clean by less than one point, and above PGD by less than 20
 )
 
 
 def _draw_alarms(seed: int) -> Arrays:
-    """Rows of clean, FGSM and PGD accuracy, and which of the four kinds each is; no value is near a threshold."""
+    """Rows of clean, FGSM and PGD accuracy, and which kind each is; no value is within 0.2 points of a threshold."""
     generator = seeded(seed, "alarms")
 
     def between(low: float, high: float) -> float:
@@ -294,6 +297,10 @@ def _draw_alarms(seed: int) -> Arrays:
         pgd = between(0.8, 0.9)
         rows.append((between(0.97, 0.99), pgd + between(0.01, 0.06), pgd))
         rows.append((between(0.97, 0.99), between(0.02, 0.12), between(0.0, 0.01)))
+        rows.append((clean, clean + between(0.012, 0.018), between(0.0, 0.3)))
+        fgsm = between(0.75, 0.9)
+        rows.append((between(0.96, 0.99), fgsm, fgsm - between(0.21, 0.24)))
+        rows.append((clean, clean + between(0.006, 0.008), clean - between(0.12, 0.18)))
     order = torch.randperm(len(rows), generator=generator).numpy()
     return {"accuracies": np.array(rows)[order], "kind": order % len(_ALARM_RULES)}
 
@@ -316,7 +323,7 @@ def _judge_alarms(case: Arrays, evidence: Arrays) -> list[Finding]:
     for row, kind, answer in zip(case["accuracies"], case["kind"], answers, strict=True):
         expected = _ALARM_RULES[kind]
         missed, false = expected - set(answer), set(answer) - expected
-        shown = f"clean {row[0]:.2f}, FGSM {row[1]:.2f}, PGD {row[2]:.2f}: you answer {answer or 'no alarm'}"
+        shown = f"clean {row[0]:.3f}, FGSM {row[1]:.3f}, PGD {row[2]:.3f}: you answer {answer or 'no alarm'}"
         for criterion, alarm in (("leaking", LABEL_LEAKING), ("masked", MASKED_GRADIENTS)):
             if alarm in missed:
                 found[criterion, "MISSED_ALARM"] = shown
@@ -435,6 +442,7 @@ def _judge_statement(case: Arrays, evidence: Arrays) -> list[Finding]:
             value["knowledge"] != "white-box",
             "an attack that uses the model's gradient knows more than that",
         ),
+        ("pgd" not in str(value["attack"]).lower(), "attack names the one that gave the figure"),
         (off > max(0.01, 1 / n), f"interval is not the 95 % interval of {share} over {n} images"),
     ]
     wrong = next((hint for bad, hint in problems if bad), None)

@@ -58,7 +58,14 @@ def eps_of_the_lesson(model, x, y, eps):
 @mutant("fgsm", closed_form="STEP_TOO_SMALL")
 def l2_normalised_step(model, x, y, eps):
     g = gradient(model, x, y)
-    return (x + eps * g / g.flatten(1).norm(dim=1).view(-1, 1, 1, 1)).clamp(0, 1)
+    norm = g.flatten(1).norm(dim=1).clamp_min(1e-12)
+    return (x + eps * g / norm.view(-1, 1, 1, 1)).clamp(0, 1)
+
+
+@mutant("fgsm", ball="EPS_BALL_VIOLATED")
+def divides_by_the_sign(model, x, y, eps):
+    """Right wherever there is a gradient; without one the pixel goes to infinity, and back to the edge of the box."""
+    return (x + eps / gradient(model, x, y).sign()).clamp(0, 1)
 
 
 @mutant("fgsm", closed_form="NOT_STEEPEST")

@@ -289,32 +289,62 @@ def always(clean, fgsm, pgd):
 
 @mutant("alarms", leaking="MISSED_ALARM", masked="MISSED_ALARM")
 def leaking_found_late(clean, fgsm, pgd):
-    return [LEAK] if fgsm > clean + 0.035 else []
+    return [LEAK] if fgsm > clean + 0.019 else []
 
 
 @mutant("alarms", quiet="FALSE_ALARM")
 def any_gap_is_masking(clean, fgsm, pgd):
-    return [LEAK] * (fgsm > clean) + [MASK] * (fgsm > pgd)
+    return [LEAK] * (fgsm > clean + 0.01) + [MASK] * (fgsm > pgd)
 
 
 @mutant("alarms", leaking="FALSE_ALARM", quiet="FALSE_ALARM")
 def leaking_inverted(clean, fgsm, pgd):
-    return [LEAK] * (fgsm < clean) + [MASK] * (fgsm - pgd > 0.2)
+    return [LEAK] * (fgsm < clean + 0.01) + [MASK] * (fgsm - pgd > 0.2)
 
 
 @mutant("alarms", masked="MISSED_ALARM", quiet="FALSE_ALARM")
 def masking_inverted(clean, fgsm, pgd):
-    return [LEAK] * (fgsm > clean) + [MASK] * (fgsm - pgd < 0.2)
+    return [LEAK] * (fgsm > clean + 0.01) + [MASK] * (fgsm - pgd < 0.2)
 
 
 @mutant("alarms", masked="MISSED_ALARM", quiet="FALSE_ALARM")
 def masking_from_clean_and_fgsm(clean, fgsm, pgd):
-    return [LEAK] * (fgsm > clean) + [MASK] * (clean - fgsm > 0.2)
+    return [LEAK] * (fgsm > clean + 0.01) + [MASK] * (clean - fgsm > 0.2)
+
+
+@mutant("alarms", masked="MISSED_ALARM", quiet="FALSE_ALARM")
+def low_pgd_is_masking(clean, fgsm, pgd):
+    return [LEAK] * (fgsm > clean + 0.01) + [MASK] * (pgd < 0.5)
+
+
+@mutant("alarms", leaking="FALSE_ALARM", quiet="FALSE_ALARM")
+def any_point_above_clean_is_leaking(clean, fgsm, pgd):
+    return [LEAK] * (fgsm > clean - 0.25) + [MASK] * (fgsm - pgd > 0.2)
 
 
 @mutant("alarms", quiet="FALSE_ALARM")
-def low_pgd_is_masking(clean, fgsm, pgd):
-    return [LEAK] * (fgsm > clean) + [MASK] * (pgd < 0.5)
+def leaking_without_a_margin(clean, fgsm, pgd):
+    return [LEAK] * (fgsm > clean) + [MASK] * (fgsm - pgd > 0.2)
+
+
+@mutant("alarms", leaking="MISSED_ALARM")
+def leaking_by_two_points(clean, fgsm, pgd):
+    return [LEAK] * (fgsm > clean + 0.02) + [MASK] * (fgsm - pgd > 0.2)
+
+
+@mutant("alarms", masked="MISSED_ALARM")
+def masking_by_forty_points(clean, fgsm, pgd):
+    return [LEAK] * (fgsm > clean + 0.01) + [MASK] * (fgsm - pgd > 0.4)
+
+
+@mutant("alarms", quiet="FALSE_ALARM")
+def masking_by_ten_points(clean, fgsm, pgd):
+    return [LEAK] * (fgsm > clean + 0.01) + [MASK] * (fgsm - pgd > 0.1)
+
+
+@mutant("alarms", masked="MISSED_ALARM")
+def masking_by_ratio(clean, fgsm, pgd):
+    return [LEAK] * (fgsm > clean + 0.01) + [MASK] * (pgd < fgsm / 2 and fgsm > 0.5)
 
 
 @mutant("alarms", leaking="MISSED_ALARM")
@@ -324,12 +354,12 @@ def no_leaking(clean, fgsm, pgd):
 
 @mutant("alarms", masked="MISSED_ALARM")
 def one_alarm_at_most(clean, fgsm, pgd):
-    return [LEAK] if fgsm > clean else [MASK] if fgsm - pgd > 0.2 else []
+    return [LEAK] if fgsm > clean + 0.01 else [MASK] if fgsm - pgd > 0.2 else []
 
 
 @mutant("alarms", quiet="FALSE_ALARM")
 def alarms_of_its_own_naming(clean, fgsm, pgd):
-    return [LEAK] * (fgsm > clean) + [MASK] * (fgsm - pgd > 0.2) + ["ALL_IS_WELL"] * (fgsm - pgd < 0.2)
+    return [LEAK] * (fgsm > clean + 0.01) + [MASK] * (fgsm - pgd > 0.2) + ["ALL_IS_WELL"] * (fgsm - pgd < 0.2)
 
 
 @mutant("alarms", everywhere="RAISED")
@@ -378,6 +408,7 @@ for _name, _changes in {
     "another_norm": {"norm": "L2"},
     "range_of_bytes": {"input_range": (0, 255)},
     "scores_only": {"knowledge": "score-based"},
+    "another_attack": {"attack": "FGSM"},
     "interval_beside_the_share": {"interval": (0.2, 0.3)},
     "interval_of_another_n": {"interval": Interval(91, 100).bounds},
 }.items():
