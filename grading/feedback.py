@@ -104,6 +104,45 @@ ASKED: dict[str, dict[str, str]] = {
         "complete": "every field of the threat model is filled in",
         "consistent": "the fields agree with the lesson's attack and with each other",
     },
+    "votes": {
+        "total": "as many votes as asked for, one count for each class",
+        "noise": "each vote on its own Gaussian noise of the scale asked for, which nothing clamps",
+        "hygiene": "nothing is left behind, and the same generator seed gives the same votes",
+    },
+    "lower_bound": {
+        "value": "the exact one-sided lower bound of a share",
+        "edges": "the bound at 0 of n and at n of n",
+    },
+    "certified_radius": {
+        "value": "the radius that a share above one half certifies",
+        "abstain": "a share that is not above one half certifies nothing",
+    },
+    "certify": {
+        "selection": "the first sample alone chooses the class",
+        "estimation": "the second sample alone bounds its share, at the level asked for",
+        "abstain": "votes that show no majority get no certificate",
+    },
+    "certified_accuracy": {
+        "correct": "only certificates for the right class count",
+        "abstentions": "an image without a certificate still counts among all images",
+        "ties": "a certificate of just the radius asked for counts",
+    },
+    "interval_linear": {
+        "sound": "no point of the box leaves the bounds",
+        "tight": "the bounds are attained",
+    },
+    "ibp": {
+        "sound": "no image in the ball leaves the bounds, and the network is as it was",
+        "tight": "the bounds are those of interval arithmetic, on images alone",
+    },
+    "certification_log": {
+        "bound": "radii that no votes at all could certify",
+        "votes": "radii that no whole number of votes gives",
+        "abstained": "abstentions that claim something",
+        "verdict": "verdicts that contradict label and prediction",
+        "repeated": "images that are counted twice",
+        "quiet": "no honest row is accused",
+    },
 }
 
 _templates = jinja2.Environment(

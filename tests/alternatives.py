@@ -537,6 +537,78 @@ def certified_accuracy_in_torch(certificates, y, r):
     return (labels.eq(y) & radii.ge(r)).double().mean()
 
 
+# --- a certification log -----------------------------------------------------------------------------
+
+
+def _largest(sigma, n, alpha):
+    return sigma * stats.norm.ppf(alpha ** (1 / n))
+
+
+@right("certification_log")
+def log_read_row_by_row(rows, sigma, n, alpha):
+    radii = [certify_radius(k, n, alpha, sigma) for k in range(n // 2, n + 1)]
+    faults, seen = {}, set()
+    for i, (index, label, prediction, radius, correct) in enumerate(rows):
+        if index in seen:
+            faults[i] = "repeated"
+        elif prediction == -1:
+            if radius > 0 or correct:
+                faults[i] = "abstained"
+        elif correct != (prediction == label):
+            faults[i] = "verdict"
+        elif radius > _largest(sigma, n, alpha) + 2e-6:
+            faults[i] = "bound"
+        elif min(abs(radius - possible) for possible in radii) > 2e-6:
+            faults[i] = "votes"
+        seen.add(index)
+    return faults
+
+
+def certify_radius(k, n, alpha, sigma):
+    return sigma * stats.norm.ppf(lower_bound_of_scipy(k, n, alpha))
+
+
+@right("certification_log")
+def log_read_backwards(rows, sigma, n, alpha):
+    """From a radius to its share, and from the share to the votes that must be whole."""
+    votes = np.arange(1, n + 1)
+    bounds = stats.beta.ppf(alpha, votes, n - votes + 1)
+    faults = {}
+    for i in reversed(range(len(rows))):
+        index, label, prediction, radius, correct = rows[i]
+        share = stats.norm.cdf(radius / sigma)
+        votes_needed = np.interp(share, bounds, votes)
+        off = np.abs(sigma * stats.norm.ppf(bounds[round(votes_needed) - 1]) - radius)
+        if prediction == -1 and (radius, correct) != (0.0, False):
+            faults[np.int64(i)] = "abstained"
+        elif prediction != -1 and (label == prediction) is not correct:
+            faults[i] = "verdict"
+        elif radius - 1e-5 > _largest(sigma, n, alpha):
+            faults[i] = "bound"
+        elif prediction != -1 and off > 5e-6:
+            faults[i] = "votes"
+        elif index in {row[0] for row in rows[:i]}:
+            faults[i] = "repeated"
+    return faults
+
+
+@right("certification_log")
+def log_read_by_columns(rows, sigma, n, alpha):
+    index, label, prediction, radius, correct = (np.array(column) for column in zip(*rows, strict=True))
+    k = np.arange(n // 2, n + 1)
+    grid = sigma * stats.norm.ppf(stats.beta.ppf(alpha, k, n - k + 1))
+    faults = dict.fromkeys(np.flatnonzero(np.abs(radius[:, None] - grid).min(1) > 1e-5), "votes")
+    for i in np.flatnonzero(prediction == -1):
+        faults.pop(i, None)
+    faults |= dict.fromkeys(np.flatnonzero(radius > grid[-1] + 1e-5), "bound")
+    faults |= dict.fromkeys(
+        np.flatnonzero((prediction != -1) & (correct != (prediction == label))), "verdict"
+    )
+    faults |= dict.fromkeys(np.flatnonzero((prediction == -1) & ((radius != 0) | correct)), "abstained")
+    later = set(range(len(rows))) - set(np.unique(index, return_index=True)[1])
+    return faults | dict.fromkeys(later, "repeated")
+
+
 # --- interval bounds ---------------------------------------------------------------------------------
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from robustkit.contracts import attacks, certify, grader, measures, models, tradeoff
+from robustkit.contracts import attacks, certify, grader, logs, measures, models, tradeoff
 from robustkit.contracts.base import Arrays, Contract, Finding, examine, judge_safely, observe_safely
 from robustkit.contracts.oracle import LinearOracle
 
@@ -33,6 +33,7 @@ CONTRACTS: dict[str, Contract] = {
     "certified_accuracy": certify.CERTIFIED_ACCURACY,
     "interval_linear": certify.INTERVAL_LINEAR,
     "ibp": certify.IBP,
+    "certification_log": logs.CERTIFICATION_LOG,
     "covers": tradeoff.COVERS,
     "sandwich": tradeoff.SANDWICH,
     "paired": tradeoff.PAIRED,
