@@ -101,10 +101,19 @@ LESSON_WORK: dict[str, tuple[float, tuple[Training | Attacking, ...]]] = {
             *[Attacking("pgd-40", _STRONG)] * 18,
         ),
     ),
+    "04-certified": (
+        40.0,
+        (
+            # Votes are forward passes, as the draws of noise are: three certified models, costs, verdicts, a log.
+            Attacking("noise", {"smoke": 500, "standard": 49_000, "full": 450_000}),
+            # PGD-20 at nine eps on two models, and the attacks on the vote, in steps of 40.
+            Attacking("pgd-40", {"smoke": 600, "standard": 7_700, "full": 122_000}),
+        ),
+    ),
     "05-empirical-or-certified": (
         40.0,
         (
-            # Votes are forward passes, as the draws of noise are; one of the CIFAR network counts for eighteen.
+            # Votes as in lesson 4; one of the CIFAR network counts for eighteen.
             Attacking("noise", {"smoke": 600, "standard": 47_000, "full": 811_000}),
             # Each model in each ball and the gradients of the votes, by the forty.
             Attacking("pgd-40", {"smoke": 230, "standard": 52_000, "full": 983_000}, share=0.9),
