@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from scipy import stats
 
+from robustkit.contracts.logs import FAULTS
 from tests.mutants import declare, mutant
 
 
@@ -131,7 +132,7 @@ def every_row_accused(rows, sigma, n, alpha):
     return dict.fromkeys(range(len(rows)), "bound")
 
 
-@mutant("certification_log", everywhere="NO_FAULT_FOUND")
+@mutant("certification_log", **dict.fromkeys(FAULTS, "FAULT_MISSED"), quiet="NOT_COUNTED")
 def nobody_accused(rows, sigma, n, alpha):
     return {}
 
