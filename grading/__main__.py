@@ -5,12 +5,18 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from grading.workspace import LAYOUTS, Workspace, repository
 from robustkit.errors import RobustkitError
+
+if TYPE_CHECKING:
+    from grading.crew import Crew
+    from grading.run import Limits
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -66,8 +72,9 @@ def _run(arguments: argparse.Namespace) -> int:
         student=check_student(arguments.student),
         secret=course_secret(arguments.secret or workspace.secret),
         tier=arguments.tier,
-        limits=run.Limits(arguments.cell_seconds, arguments.notebook_seconds),
+        limits=_limits_in(arguments),
         confinement=arguments.sandbox,
+        told=lambda line: print(line, file=sys.stderr, flush=True),
     )
     _report(arguments, asdict(result), [f"{entry.exercise}: {entry.outcome}" for entry in result.exercises])
     return 0
@@ -127,14 +134,35 @@ def _collect(arguments: argparse.Namespace) -> int:
 
 
 def _grade(arguments: argparse.Namespace) -> int:
-    from grading import grade, sandbox
+    from grading import grade
     from grading.pipeline import Settings
-    from grading.run import Limits
 
-    limits = Limits(arguments.cell_seconds, arguments.notebook_seconds)
-    settings = Settings(arguments.tier, limits, sandbox.choose(arguments.sandbox))
     workspace = _workspace(arguments)
-    return _graded(arguments, grade.grade(workspace, grade.lessons_in(workspace, arguments.lesson), settings))
+    lessons = grade.lessons_in(workspace, arguments.lesson)
+    if arguments.again:
+        grade.forget(workspace, lessons)
+    with _crew(arguments) as crew:
+        settings = Settings(arguments.tier, _limits_in(arguments), arguments.sandbox)
+        return _graded(arguments, grade.grade(workspace, lessons, settings, crew))
+
+
+@contextmanager
+def _crew(arguments: argparse.Namespace) -> Iterator[Crew]:
+    """Who runs and judges a class: the workers of --dask, or processes of this machine."""
+    from grading import crew, fresh, sandbox
+
+    if arguments.dask is None:
+        sandbox.choose(arguments.sandbox)  # refused before anything is begun, rather than once a submission
+        with fresh.Server() as server, crew.here(server, arguments.jobs) as local:
+            yield local
+        return
+    if arguments.jobs != 1:
+        raise RobustkitError("--jobs is for this machine and --dask for others; leave out one of the two.")
+    from robustkit import cluster
+
+    files = {"ca_file": arguments.tls_ca_file, "cert": arguments.tls_cert, "key": arguments.tls_key}
+    with cluster.connected(arguments.dask, **files) as client, crew.of_dask(client) as remote:
+        yield remote
 
 
 def _regrade(arguments: argparse.Namespace) -> int:
@@ -210,6 +238,12 @@ def _notebook(path: Path) -> Path:
     return found[0]
 
 
+def _limits_in(arguments: argparse.Namespace) -> Limits:
+    from grading.run import Limits
+
+    return Limits(arguments.cell_seconds, arguments.notebook_seconds, arguments.output_bytes)
+
+
 def _workspace(arguments: argparse.Namespace) -> Workspace:
     workspace = repository()
     submitted = getattr(arguments, "submitted", None)
@@ -225,13 +259,17 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m grading",
         description="Build the course, grade submissions, report on a class.",
-        epilog="example: python -m grading grade --lesson 01-mnist-fgsm",
+        epilog="example: python -m grading class grade --lesson 01-mnist-fgsm",
     )
     hops = parser.add_subparsers(required=True, metavar="HOP")
+    about_class = "Collect, grade, export, report: what is done with a whole class."
+    whole = hops.add_parser("class", help=about_class, description=about_class)
+    groups = {"": hops, "class": whole.add_subparsers(required=True, metavar="COMMAND")}
 
     def hop(name: str, command: Command, text: str, example: str) -> argparse.ArgumentParser:
-        added = hops.add_parser(
-            name, help=text, description=text, epilog=f"example: python -m grading {example}"
+        group, _, last = name.rpartition(" ")
+        added = groups[group].add_parser(
+            last, help=text, description=text, epilog=f"example: python -m grading {example}"
         )
         added.set_defaults(command=command)
         added.add_argument("--json", action="store_true", help="print JSON")
@@ -278,11 +316,11 @@ def _parser() -> argparse.ArgumentParser:
     feedback.add_argument("-o", "--out", type=Path, required=True, metavar="PAGE")
 
     collect = hop(
-        "collect",
+        "class collect",
         _collect,
         "Take the notebooks of a zip file or a folder into grading/submitted: notebooks alone, each checked and "
         "written anew. A later hand-in takes the place of an earlier one, which is kept in earlier/ beside it.",
-        "collect hand-ins.zip --lesson 01-mnist-fgsm",
+        "class collect hand-ins.zip --lesson 01-mnist-fgsm",
     )
     collect.add_argument(
         "source", type=Path, help=f"a zip file or a folder, with {LAYOUTS}; nothing else is a hand-in"
@@ -291,25 +329,39 @@ def _parser() -> argparse.ArgumentParser:
     collect.add_argument("--into", type=Path, metavar="FOLDER", help="default: grading/submitted")
 
     grade = hop(
-        "grade", _grade, "Grade every submission, into the gradebook.", "grade --lesson 01-mnist-fgsm"
+        "class grade",
+        _grade,
+        "Grade every submission that has not been graded, into the gradebook. Killed, it goes on where it was.",
+        "class grade --lesson 01-mnist-fgsm --jobs 4",
     )
     grade.add_argument("--lesson", help="default: every lesson with submissions")
     grade.add_argument(
         "--submitted", type=Path, help="folder STUDENT/LESSON/LESSON.ipynb (default: grading/submitted)"
     )
+    grade.add_argument("--again", action="store_true", help="also what was graded before, as it is now")
+    grade.add_argument(
+        "--jobs", type=int, default=1, help="submissions at a time on this machine (default: %(default)s)"
+    )
+    grade.add_argument(
+        "--dask", metavar="ADDRESS", help="tls:// address of a Dask scheduler whose workers do it instead"
+    )
+    for option, what in (("ca-file", "authority"), ("cert", "certificate"), ("key", "key")):
+        grade.add_argument(f"--tls-{option}", type=Path, metavar="FILE", help=f"{what} for --dask, as Dask's")
     _limits(grade)
 
     hop(
-        "regrade",
+        "class regrade",
         _regrade,
         "Score the stored records again, with the marks given since; runs nothing.",
-        "regrade",
+        "class regrade",
     )
 
-    export = hop("export", _export, "Write the gradebook as CSV.", "export -o grades.csv")
+    export = hop("class export", _export, "Write the gradebook as CSV.", "class export -o grades.csv")
     export.add_argument("-o", "--out", type=Path, required=True, metavar="CSV")
 
-    report = hop("report", _class, "Make the class report, one HTML page.", "report -o class.html")
+    report = hop(
+        "class report", _class, "Make the class report, one HTML page.", "class report -o class.html"
+    )
     report.add_argument("-o", "--out", type=Path, required=True, metavar="PAGE")
 
     mutate = hop(
@@ -349,6 +401,9 @@ def _limits(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--notebook-seconds", type=float, default=900, help="longest in all (default: %(default)g)"
+    )
+    parser.add_argument(
+        "--output-bytes", type=int, default=5 * 2**20, help="most that it may print (default: %(default)d)"
     )
     parser.add_argument(
         "--sandbox",

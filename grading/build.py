@@ -19,6 +19,7 @@ from nbformat import NotebookNode
 from tqdm import tqdm
 
 from grading import gradebook, leaks, notebooks, pipeline
+from grading.fresh import Server
 from grading.preprocessors import CANARY_KEY
 from grading.records import Records
 from grading.score import score
@@ -235,19 +236,19 @@ def check_runs(aside: Workspace, lessons: list[Lesson]) -> list[str]:
     checks = (_check_reference, _check_untouched, _check_invert)
     jobs = [(each, lesson) for each in checks for lesson in lessons]
 
-    def problems(job: tuple[Callable[[Workspace, Lesson], list[str]], Lesson]) -> list[str]:
+    def problems(job: tuple[Callable[[Workspace, Lesson, Server], list[str]], Lesson]) -> list[str]:
         try:
-            return job[0](aside, job[1])
+            return job[0](aside, job[1], server)
         except RobustkitError as error:
             return [f"{job[1].id}: {error}"]
 
-    with ThreadPoolExecutor(2) as pool:
+    with Server() as server, ThreadPoolExecutor(2) as pool:
         results = pool.map(problems, jobs)
         return [line for found in tqdm(results, total=len(jobs), desc="run and judge") for line in found]
 
 
-def _check_reference(aside: Workspace, lesson: Lesson) -> list[str]:
-    verdicts = _assess(aside, lesson, aside.source(lesson.id), "reference")
+def _check_reference(aside: Workspace, lesson: Lesson, server: Server) -> list[str]:
+    verdicts = _assess(aside, lesson, aside.source(lesson.id), "reference", server)
     return [
         f"solutions/{lesson.id} loses {mark.maximum - mark.points:g} points on {mark.exercise} {mark.criterion} "
         f"({', '.join(f'{note.code}: {note.hint}' for note in mark.notes)})."
@@ -256,8 +257,8 @@ def _check_reference(aside: Workspace, lesson: Lesson) -> list[str]:
     ]
 
 
-def _check_untouched(aside: Workspace, lesson: Lesson) -> list[str]:
-    card = score(_assess(aside, lesson, aside.release(lesson.id), "untouched"), {})
+def _check_untouched(aside: Workspace, lesson: Lesson, server: Server) -> list[str]:
+    card = score(_assess(aside, lesson, aside.release(lesson.id), "untouched", server), {})
     return [
         f"course/{lesson.id} earns {exercise.points:g} points on {exercise.id} without a line written."
         for exercise in card.exercises
@@ -265,13 +266,14 @@ def _check_untouched(aside: Workspace, lesson: Lesson) -> list[str]:
     ]
 
 
-def _assess(aside: Workspace, lesson: Lesson, notebook: Path, student: str) -> Records:
-    """In processes of their own: the jobs of a check run side by side."""
-    folder = aside.hop(student, lesson.id)
-    return pipeline.assess_aside(notebook, lesson, aside.release(lesson.id), folder, student, aside.secret)
+def _assess(aside: Workspace, lesson: Lesson, notebook: Path, student: str, server: Server) -> Records:
+    folder, release = aside.hop(student, lesson.id), aside.release(lesson.id)
+    return pipeline.assess(
+        notebook, lesson.id, release, folder, student, aside.secret, pipeline.Settings(), server
+    )
 
 
-def _check_invert(aside: Workspace, lesson: Lesson) -> list[str]:
+def _check_invert(aside: Workspace, lesson: Lesson, _: Server) -> list[str]:
     """nbgrader's own view of the untouched release: every check cell must fail."""
     done = subprocess.run(
         [sys.executable, "-m", "nbgrader", "validate", "--invert", str(aside.release(lesson.id))],

@@ -16,7 +16,8 @@ from pathlib import Path
 import nbformat
 from nbformat import NotebookNode
 
-from grading import build, class_report, export, grade, gradebook, notebooks, pipeline
+from grading import build, class_report, crew, export, grade, gradebook, notebooks, pipeline
+from grading.fresh import Server
 from grading.pipeline import Settings
 from grading.score import score
 from grading.workspace import DEMO_SECRET, ROOT, Workspace
@@ -60,12 +61,12 @@ def demo(out: Path) -> list[Line]:
         nbformat.write(notebook, path)
     _say("2/4 executing and judging the reference solution, meanwhile")
     _say("3/4 grading four submissions")
-    with ThreadPoolExecutor(1) as meanwhile:
-        source, release = workspace.source(LESSON), workspace.release(LESSON)
+    with Server() as server, crew.here(server, 1) as one, ThreadPoolExecutor(1) as meanwhile:
+        source, release, aside = workspace.source(LESSON), workspace.release(LESSON), out / "reference"
         checked = meanwhile.submit(
-            pipeline.assess_aside, source, lesson, release, out / "reference", REFERENCE, workspace.secret
+            pipeline.assess, source, LESSON, release, aside, REFERENCE, workspace.secret, Settings(), server
         )
-        graded = grade.grade(workspace, [LESSON], Settings())
+        graded = grade.grade(workspace, [LESSON], Settings(), one)
         reference = score(checked.result(), {})
     _say("4/4 writing the class report and the grades")
     class_report.write_page(grade.scorecards(workspace), out / "class.html")

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import fcntl
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
-from grading import gradebook, intake, judge, notebooks, pipeline, records
-from grading.pipeline import Settings
+from grading import gradebook, intake, judge, notebooks, pipeline, records, sandbox
+from grading.crew import Crew, results
+from grading.files import read_plain
+from grading.pipeline import Settings, Task
+from grading.progress import Table
+from grading.sandbox import leftovers
 from grading.score import Scorecard, read_scorecard
-from grading.workspace import Workspace, check_student
+from grading.workspace import Workspace, check_student, course_secret
 from robustkit.errors import RobustkitError
 from robustkit.lessons import LESSONS
 
@@ -50,48 +54,117 @@ def students(workspace: Workspace, lesson: str) -> list[str]:
     return sorted(path.parent.name for path in workspace.submitted.glob(f"*/{lesson}") if path.is_dir())
 
 
-def grade(workspace: Workspace, lessons: Sequence[str], settings: Settings) -> list[Graded]:
-    """Grade every submission to `lessons`: scorecards, feedback pages, gradebook. One progress line each.
+def grade(workspace: Workspace, lessons: Sequence[str], settings: Settings, crew: Crew) -> list[Graded]:
+    """Grade every submission to `lessons`: the crew runs and judges them, this process alone writes scorecards,
+    feedback pages and the gradebook.
 
-    A submission that cannot be run gets zero points and one sentence, and the others are graded.
-    Raises: RobustkitError when a lesson has no release or cannot be entered in the gradebook.
+    A submission that cannot be run gets zero points and one sentence, and the others are graded. One that was
+    graded before, from the same notebook with the same release, secret and settings, is not run again: a killed
+    class goes on where it was, and late submissions cost only themselves; `forget` has all of them graded again.
+    Raises: RobustkitError when a lesson has no release or cannot be entered in the gradebook, when another
+    grader is at this class, and when the crew is gone.
     """
     todo = [(lesson, student) for lesson in lessons for student in students(workspace, lesson)]
+    graded: dict[tuple[str, str], Graded] = {}
+    with _alone(workspace), Table(len(todo)) as table:
+        sandbox.sweep()
+        leftovers.sweep_folders(workspace.private)
+        for lesson in lessons:
+            notebooks.read_release(workspace.release(lesson))
+            gradebook.register(workspace, lesson)
+        there = gradebook.submissions(workspace)
+
+        def finish(outcome: Graded) -> None:
+            graded[outcome.lesson, outcome.student] = outcome
+            table.finished(outcome.student, outcome.lesson, str(outcome))
+
+        def tasks() -> Iterator[Task]:
+            for lesson, student in todo:
+                task = _admit(workspace, lesson, student, settings)
+                if isinstance(task, Graded):
+                    finish(task)
+                elif (stage := pipeline.stage(workspace, task)) is None:
+                    yield task
+                elif stage == pipeline.ENTERED and (lesson, student) in there:
+                    finish(_conclude(workspace, task))
+                else:
+                    finish(_enter(workspace, task))
+
+        def told(task: Task, line: str) -> None:
+            table.told(task.student, task.lesson, line)
+
+        for task, files in results(crew, tasks(), told, table.draw):
+            if isinstance(
+                files, RobustkitError
+            ):  # ours, not the learner's: no points are written, nothing is lost
+                finish(Graded(task.student, task.lesson, None, f"{files} Grade it again."))
+            else:
+                pipeline.keep(workspace, task, files)
+                finish(_enter(workspace, task))
+    return [graded[each] for each in todo]
+
+
+def forget(workspace: Workspace, lessons: Sequence[str]) -> None:
+    """Have every submission to `lessons` run again by the next `grade`; until then its records stay."""
     for lesson in lessons:
-        notebooks.read_release(workspace.release(lesson))
-        gradebook.register(workspace, lesson)
-    graded = []
-    with tqdm(todo, desc="grading", unit="submission") as progress:
-        for lesson, student in progress:
-            graded.append(grade_one(workspace, lesson, student, settings))
-            progress.write(str(graded[-1]), file=progress.fp)
-    return graded
+        for student in students(workspace, lesson):
+            pipeline.unstamp(workspace.hop(student, lesson))
 
 
-def grade_one(workspace: Workspace, lesson_id: str, student: str, settings: Settings) -> Graded:
-    """Grade one submission; never raises RobustkitError, so that a batch goes on."""
-    lesson = LESSONS[lesson_id]
+def _admit(workspace: Workspace, lesson: str, student: str, settings: Settings) -> Task | Graded:
+    """The task that a submission is, or, where it cannot be run, its zero."""
     try:
         check_student(student)
     except RobustkitError as error:
-        return Graded(student, lesson_id, None, str(error))
-    notebook = workspace.submission(student, lesson_id)
+        return Graded(student, lesson, None, str(error))
+    path = workspace.submission(student, lesson)
     try:
-        intake.preflight(notebook.parent)
-        submitted, _ = notebooks.read_submission(notebook)
-        notebooks.restore(submitted, notebooks.read_release(workspace.release(lesson_id)))
+        intake.preflight(path.parent)
+        content = read_plain(path, notebooks.MOST_BYTES)
+        submitted = notebooks.parse_submission(content, path.name)
+        notebooks.restore(submitted, notebooks.read_release(workspace.release(lesson)))
     except RobustkitError as error:
-        card = pipeline.refuse(workspace, student, lesson, settings.tier, str(error))
-        gradebook.record_refusal(workspace, lesson_id, student)
-        return Graded(student, lesson_id, card, str(error))
+        card = pipeline.refuse(workspace, student, LESSONS[lesson], settings.tier, str(error))
+        gradebook.record_refusal(workspace, lesson, student)
+        return Graded(student, lesson, card, str(error))
+    release, secret = workspace.release(lesson).read_bytes(), course_secret(workspace.secret)
+    return Task(student, lesson, settings, content, release, secret)
+
+
+def _enter(workspace: Workspace, task: Task) -> Graded:
+    """Put a judged submission into the gradebook."""
     try:
-        gradebook.autograde(workspace, lesson_id, student, settings)
-        verdicts = records.read_records(workspace.hop(student, lesson_id) / "records.json")
+        gradebook.enter(workspace, task.lesson, task.student)
         # Only now does the gradebook know which written answers were left empty.
-        marks = gradebook.manual_marks(workspace, student, lesson_id)
-        return Graded(student, lesson_id, pipeline.conclude(workspace, verdicts, marks), "")
-    except RobustkitError as error:  # ours, not the learner's: no points are written, nothing is lost
-        return Graded(student, lesson_id, None, f"{error} Grade it again.")
+        graded = _conclude(workspace, task)
+        pipeline.stamp(workspace, task, pipeline.ENTERED)
+        return graded
+    except RobustkitError as error:
+        return Graded(task.student, task.lesson, None, f"{error} Grade it again.")
+
+
+def _conclude(workspace: Workspace, task: Task) -> Graded:
+    """Score a submission that is in the gradebook, with the marks given by now."""
+    verdicts = records.read_records(workspace.hop(task.student, task.lesson) / "records.json")
+    marks = gradebook.manual_marks(workspace, task.student, task.lesson)
+    return Graded(task.student, task.lesson, pipeline.conclude(workspace, verdicts, marks), "")
+
+
+@contextmanager
+def _alone(workspace: Workspace) -> Iterator[None]:
+    """No second grader at the same class: two would enter the same submissions. The lock ends with the process.
+
+    Raises: RobustkitError when there is one.
+    """
+    workspace.records.mkdir(parents=True, exist_ok=True)
+    with (workspace.records / ".lock").open("wb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise RobustkitError(
+                f"another grader is at work in {workspace.records}; wait for it, or stop it first."
+            ) from error
+        yield
 
 
 def regrade(workspace: Workspace) -> list[Graded]:
@@ -117,7 +190,7 @@ def scorecards(workspace: Workspace) -> list[Scorecard]:
     cards = [read_scorecard(path.with_name("scorecard.json")) for path in _records(workspace)]
     if not cards:
         raise RobustkitError(
-            f"{workspace.records} holds no scorecard; grade something first: python -m grading grade."
+            f"{workspace.records} holds no scorecard; grade something first: python -m grading class grade."
         )
     return sorted(cards, key=lambda card: (card.lesson, card.student))
 

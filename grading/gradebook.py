@@ -9,7 +9,6 @@ import logging
 import math
 import os
 import sys
-import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -28,12 +27,14 @@ from traitlets.config import Config
 
 from grading import notebooks
 from grading.pipeline import Settings
+from grading.sandbox import leftovers
 from grading.workspace import Workspace
 from robustkit.errors import RobustkitError
 from robustkit.lessons import LESSONS
 
 COURSE_ID = "robustkit"
 
+_EXECUTES = "grading.preprocessors.JudgedExecute"
 _SAVES_CELLS = "nbgrader.preprocessors.SaveCells"  # the one preprocessor that needs the database
 
 
@@ -89,7 +90,7 @@ def settings(workspace: Workspace, how: Settings | None = None) -> Config:
         *(f"{theirs}.{name}" for name in ("OverwriteKernelspec", "OverwriteCells", "CheckCellMetadata")),
     ]
     c.Autograde.autograde_preprocessors = [
-        f"{ours}.JudgedExecute",
+        _EXECUTES,
         f"{ours}.HarmlessOutputs",
         f"{theirs}.LimitOutput",
         f"{ours}.SaveJudgedGrades",
@@ -103,7 +104,7 @@ def settings(workspace: Workspace, how: Settings | None = None) -> Config:
     c.GenerateFeedback.exporter_class = f"{ours}.FeedbackPage"
     c.GenerateFeedback.preprocessors = []
     c.RestoreCells.course = str(workspace.course.resolve())
-    for name in ("JudgedExecute", "FeedbackPage", "SafeRelease"):
+    for name in ("ShowJudged", "FeedbackPage", "SafeRelease"):
         for folder in ("solutions", "course", "submitted", "private"):
             c[name][folder] = str(getattr(workspace, folder).resolve())
     c.JudgedExecute.tier = how.tier
@@ -189,8 +190,8 @@ def rehearse(workspace: Workspace, lesson: str) -> None:
 
     Raises: RobustkitError when nbgrader would fail to generate it.
     """
-    with tempfile.TemporaryDirectory(prefix="rk-") as aside:
-        made = notebooks.read_release(generate(workspace, lesson, Path(aside), None))
+    with leftovers.run_folder() as aside:
+        made = notebooks.read_release(generate(workspace, lesson, aside, None))
     names = {notebooks.grade_id(cell) for cell in made.cells} - {""}
     if not _made(workspace):
         return
@@ -210,16 +211,22 @@ def rehearse(workspace: Workspace, lesson: str) -> None:
 def register(workspace: Workspace, lesson: str) -> None:
     """Put the lesson's cells into the gradebook; the release stays as it is."""
     workspace.private.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="rk-", dir=workspace.private) as aside:
-        generate(workspace, lesson, Path(aside), workspace.gradebook_url)
+    with leftovers.run_folder(workspace.private) as aside:
+        generate(workspace, lesson, aside, workspace.gradebook_url)
 
 
-def autograde(workspace: Workspace, lesson: str, student: str, how: Settings) -> None:
-    """nbgrader's autograder for one student, with our preprocessors. Raises: RobustkitError with the reason."""
+def enter(workspace: Workspace, lesson: str, student: str) -> None:
+    """nbgrader's autograder for one submission that was judged; nothing is run.
+
+    Raises: RobustkitError with the reason.
+    """
+    config = settings(workspace)
+    ours = config.Autograde.autograde_preprocessors
+    ours[ours.index(_EXECUTES)] = "grading.preprocessors.ShowJudged"
     with warnings.catch_warnings():
         # nbgrader 0.9.6 adds its rows in an order that SQLAlchemy 2.1 remarks on; they are all stored.
         warnings.filterwarnings("ignore", "Object of type .* not in session", SAWarning)
-        result = _api(workspace, settings(workspace, how)).autograde(lesson, student, force=True, create=True)
+        result = _api(workspace, config).autograde(lesson, student, force=True, create=True)
     if not result["success"]:
         raise RobustkitError(_reason(result))
 
@@ -249,6 +256,11 @@ def manual_marks(workspace: Workspace, student: str, lesson: str) -> Mapping[str
         empty = {grade.name: 0.0 for grade in grades if grade.name in written and grade.auto_score == 0}
         given = {grade.name: float(grade.manual_score) for grade in grades if grade.manual_score is not None}
         return empty | given
+
+
+def submissions(workspace: Workspace) -> set[tuple[str, str]]:
+    """Lesson and student of every submission that the gradebook has."""
+    return {(row.lesson, row.student) for row in rows(workspace)}
 
 
 def rows(workspace: Workspace) -> list[Row]:

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+import hashlib
+import hmac
+import json
+import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from grading import feedback, judge, records
-from grading.run import Limits, run_submission
+from grading.fresh import Killed, Server, Told, unheard
+from grading.run import Limits
+from grading.sandbox import leftovers
 from grading.score import Scorecard, score, write_scorecard
-from grading.workspace import ONE_THREAD, ROOT, Workspace, course_secret
+from grading.workspace import Workspace
+from robustkit import __version__
 from robustkit.errors import RobustkitError
+from robustkit.files import write_atomically
 from robustkit.lessons import Lesson
+
+ATTEMPTS = 3  # at a submission whose run or judge is killed
+Files = Mapping[str, bytes]  # evidence and records, by their path in the folder of one submission
+JUDGED, ENTERED = "judged", "entered"  # stages of a task; the gradebook is the last
+_STAMP = "graded.json"
 
 
 @dataclass(frozen=True)
@@ -26,61 +36,124 @@ class Settings:
     sandbox: str = "auto"  # a tier of grading.sandbox; "none" for submissions that the instructor trusts
 
 
+@dataclass(frozen=True)
+class Task:
+    """One submission with all that it takes to run and judge it, on whatever machine."""
+
+    student: str
+    lesson: str
+    settings: Settings
+    notebook: bytes
+    release: bytes
+    secret: bytes = field(repr=False)
+
+    @property
+    def identity(self) -> str:
+        """The same for two tasks that have the same verdicts, chance and the machine aside."""
+        about = [self.student, self.lesson, asdict(self.settings), __version__]
+        parts = [json.dumps(about).encode(), self.notebook, self.release]
+        digests = b"".join(hashlib.sha256(part).digest() for part in parts)
+        return hmac.digest(self.secret, digests, hashlib.sha256).hex()
+
+
 def assess(
-    notebook: Path, lesson: Lesson, release: Path, into: Path, student: str, secret: Path, settings: Settings
+    notebook: Path,
+    lesson: str,
+    release: Path,
+    into: Path,
+    student: str,
+    secret: Path,
+    settings: Settings,
+    server: Server,
+    told: Told = unheard,
 ) -> records.Records:
-    """Run and judge one notebook; evidence and records.json are written into `into`.
+    """Run and judge one notebook, each in a fresh process; evidence and records.json are written into `into`.
 
     Raises: RobustkitError when the notebook cannot be graded at all.
     """
-    run_submission(
-        notebook,
-        lesson,
-        release,
-        into / "evidence",
-        student=student,
-        secret=course_secret(secret),
-        tier=settings.tier,
-        limits=settings.limits,
-        confinement=settings.sandbox,
+    into = into.resolve()
+    limits = settings.limits
+    unstamp(into)
+    (into / "records.json").unlink(missing_ok=True)
+    server.hop(
+        "run",
+        *(notebook.resolve(), "-o", into / "evidence"),
+        *(f"--student={student}", "--lesson", lesson),
+        *("--release", release.resolve(), "--secret", secret.resolve()),
+        *("--tier", settings.tier, "--sandbox", settings.sandbox),
+        *("--cell-seconds", str(limits.cell), "--notebook-seconds", str(limits.notebook)),
+        *("--output-bytes", str(limits.output_bytes)),
+        told=told,
     )
-    judge_aside(into / "evidence", into / "records.json", secret)
+    told("judging")
+    server.hop("judge", into / "evidence", "-o", into / "records.json", "--secret", secret.resolve())
     return records.read_records(into / "records.json")
 
 
-def assess_aside(
-    notebook: Path, lesson: Lesson, release: Path, into: Path, student: str, secret: Path
-) -> records.Records:
-    """As `assess`, in the smoke tier, with the run in a fresh process too: several can go side by side."""
-    arguments: list[str | Path] = [notebook.resolve(), "-o", (into / "evidence").resolve()]
-    arguments += ["--release", release.resolve(), "--secret", secret.resolve()]
-    _hop("run", *arguments, "--lesson", lesson.id, "--student", student)
-    judge_aside(into / "evidence", into / "records.json", secret)
-    return records.read_records(into / "records.json")
+def carry_out(task: Task, server: Server, told: Told = unheard) -> Files:
+    """Assess a task in a folder that passes; what the folder then holds. Where a process is killed, once more.
 
-
-def judge_aside(evidence: Path, into: Path, secret: Path) -> None:
-    """The judge in a fresh process, which has imported nothing and keeps nothing.
-
-    Raises: RobustkitError when it ends without records.
+    Raises: RobustkitError when it cannot be graded, or was killed `ATTEMPTS` times.
     """
-    into.unlink(missing_ok=True)
-    _hop("judge", evidence.resolve(), "-o", into.resolve(), "--secret", secret.resolve())
+    for _ in range(ATTEMPTS):
+        with leftovers.run_folder() as folder:
+            given = {"notebook": task.notebook, "release": task.release, "secret": task.secret}
+            for name, content in given.items():
+                (folder / name).touch(mode=0o600)
+                (folder / name).write_bytes(content)
+            try:
+                told("starting")
+                assess(
+                    folder / "notebook",
+                    task.lesson,
+                    folder / "release",
+                    folder / "hop",
+                    task.student,
+                    folder / "secret",
+                    task.settings,
+                    server,
+                    told,
+                )
+            except Killed as error:
+                reason = str(error)
+                continue
+            return {
+                path.relative_to(folder / "hop").as_posix(): path.read_bytes()
+                for path in sorted((folder / "hop").rglob("*"))
+                if path.is_file()
+            }
+    raise RobustkitError(f"{reason}, {ATTEMPTS} times; see whether the machine has enough memory.")
 
 
-def _hop(*arguments: str | Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "grading", *map(str, arguments)],
-        cwd=ROOT,
-        env=ONE_THREAD | os.environ,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode != 0:
-        raise RobustkitError(
-            (done.stderr.strip().splitlines() or [f"{arguments[0]} stopped without a word."])[-1]
-        )
+def keep(workspace: Workspace, task: Task, files: Files) -> None:
+    """Write what a task has come to into its folder, in place of what an earlier one had."""
+    folder = workspace.hop(task.student, task.lesson)
+    unstamp(folder)
+    shutil.rmtree(folder / "evidence", ignore_errors=True)
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / name, content)
+    stamp(workspace, task, JUDGED)
+
+
+def stamp(workspace: Workspace, task: Task, stage: str) -> None:
+    """Note that what lies in the task's folder is whole, is this task's, and how far it has come."""
+    content = json.dumps({"task": task.identity, "stage": stage}).encode()
+    write_atomically(workspace.hop(task.student, task.lesson) / _STAMP, content)
+
+
+def stage(workspace: Workspace, task: Task) -> str | None:
+    """How far the task has come before: `JUDGED`, `ENTERED`, or None where nothing whole of it is there."""
+    try:
+        found = json.loads((workspace.hop(task.student, task.lesson) / _STAMP).read_bytes())
+    except (OSError, ValueError):
+        return None
+    return str(found["stage"]) if found["task"] == task.identity else None
+
+
+def unstamp(folder: Path) -> None:
+    """What lies in the folder may be half of something from here on."""
+    (folder / _STAMP).unlink(missing_ok=True)
 
 
 def conclude(workspace: Workspace, verdicts: records.Records, manual: Mapping[str, float]) -> Scorecard:
@@ -93,6 +166,7 @@ def conclude(workspace: Workspace, verdicts: records.Records, manual: Mapping[st
 
 def refuse(workspace: Workspace, student: str, lesson: Lesson, tier: str, reason: str) -> Scorecard:
     """The zero of a submission that could not be run, with the reason on every page."""
+    unstamp(workspace.hop(student, lesson.id))
     verdicts = judge.refused(student, lesson, tier, reason)
     records.write(workspace.hop(student, lesson.id) / "records.json", verdicts)
     return conclude(workspace, verdicts, {})

@@ -29,6 +29,7 @@ from traitlets import Float, HasTraits, Unicode
 from traitlets.config import Config
 
 from grading import feedback, gradebook, harmless, intake, notebooks, pipeline
+from grading.fresh import Server
 from grading.judge import find_lesson
 from grading.records import read_records
 from grading.run import Limits
@@ -137,8 +138,27 @@ class RestoreCells(NbGraderPreprocessor):
         return restored, resources
 
 
-class JudgedExecute(InCourse, NbGraderPreprocessor):
-    """In place of nbgrader's Execute: runs the submission through the hops, and shows what it printed."""
+class ShowJudged(InCourse, NbGraderPreprocessor):
+    """Takes the verdicts and the outputs of a submission that the hops have been through."""
+
+    def preprocess(self, nb: NotebookNode, resources: Resources) -> tuple[NotebookNode, Resources]:
+        workspace = self.workspace(resources["nbgrader"]["db_url"])
+        student, lesson = resources["nbgrader"]["student"], resources["nbgrader"]["assignment"]
+        folder = workspace.hop(student, lesson)
+        resources["scorecard"] = pipeline.conclude(
+            workspace,
+            read_records(folder / "records.json"),
+            gradebook.manual_marks(workspace, student, lesson),
+        )
+        executed = nbformat.read(folder / "evidence" / "executed.ipynb", as_version=4)
+        for cell, shown in zip(nb.cells, executed.cells, strict=True):
+            if cell.cell_type == "code":
+                cell.outputs, cell.execution_count = shown.outputs, shown.execution_count
+        return nb, resources
+
+
+class JudgedExecute(ShowJudged):
+    """In place of nbgrader's Execute: runs the submission through the hops first."""
 
     tier = Unicode("smoke", help="Tier that submissions run in").tag(config=True)
     cell_seconds = Float(Limits.cell, help="Longest that a cell may run").tag(config=True)
@@ -149,28 +169,23 @@ class JudgedExecute(InCourse, NbGraderPreprocessor):
 
     def preprocess(self, nb: NotebookNode, resources: Resources) -> tuple[NotebookNode, Resources]:
         workspace = self.workspace(resources["nbgrader"]["db_url"])
-        student, lesson = resources["nbgrader"]["student"], find_lesson(resources["nbgrader"]["assignment"])
-        settings = pipeline.Settings(
-            self.tier, Limits(self.cell_seconds, self.notebook_seconds), self.sandbox
+        student, lesson = (
+            resources["nbgrader"]["student"],
+            find_lesson(resources["nbgrader"]["assignment"]).id,
         )
-        folder = workspace.hop(student, lesson.id)
-        verdicts = pipeline.assess(
-            workspace.submission(student, lesson.id),
-            lesson,
-            workspace.release(lesson.id),
-            folder,
-            student,
-            workspace.secret,
-            settings,
-        )
-        resources["scorecard"] = pipeline.conclude(
-            workspace, verdicts, gradebook.manual_marks(workspace, student, lesson.id)
-        )
-        executed = nbformat.read(folder / "evidence" / "executed.ipynb", as_version=4)
-        for cell, shown in zip(nb.cells, executed.cells, strict=True):
-            if cell.cell_type == "code":
-                cell.outputs, cell.execution_count = shown.outputs, shown.execution_count
-        return nb, resources
+        limits = Limits(self.cell_seconds, self.notebook_seconds)
+        with Server() as server:
+            pipeline.assess(
+                workspace.submission(student, lesson),
+                lesson,
+                workspace.release(lesson),
+                workspace.hop(student, lesson),
+                student,
+                workspace.secret,
+                pipeline.Settings(self.tier, limits, self.sandbox),
+                server,
+            )
+        return super().preprocess(nb, resources)
 
 
 class HarmlessOutputs(NbGraderPreprocessor):

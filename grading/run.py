@@ -16,7 +16,6 @@ import logging
 import math
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -32,7 +31,9 @@ from nbformat import NotebookNode
 
 from grading import evidence, notebooks, records, sandbox
 from grading.files import blank_plain
+from grading.fresh import Told, unheard
 from grading.records import COLLECTED, CRASHED, NOT_REACHED, TAMPERED, TIMED_OUT, Collected, Run
+from grading.sandbox import leftovers
 from grading.workspace import ONE_THREAD, case_seed
 from robustkit import __version__
 from robustkit.contracts import CONTRACTS, Arrays
@@ -115,8 +116,11 @@ def run_submission(
     tier: str = "smoke",
     limits: Limits | None = None,
     confinement: str = "auto",
+    told: Told = unheard,
 ) -> Run:
     """Check the notebook at `path`, rebuild it on the lesson's `release`, execute it, write evidence into `into`.
+
+    `told` gets a line for each exercise that it comes to.
 
     Raises: RobustkitError when the notebook cannot be graded at all, or the sandbox `confinement` cannot be
     had; anything that goes wrong while it runs is in the result instead.
@@ -126,7 +130,7 @@ def run_submission(
     submitted, digest = notebooks.read_submission(path)
     notebook, restored = notebooks.restore(submitted, notebooks.read_release(release))
     job = Job(lesson, student, digest, restored, tier)
-    return execute(notebook, job, into, secret=secret, limits=limits, kernel=kernel)
+    return execute(notebook, job, into, secret=secret, limits=limits, kernel=kernel, told=told)
 
 
 @dataclass(frozen=True)
@@ -152,6 +156,7 @@ def execute(
     secret: bytes,
     limits: Limits,
     kernel: KernelFactory,
+    told: Told = unheard,
 ) -> Run:
     """Execute a rebuilt notebook in a folder of its own; write evidence, run.json and executed.ipynb into `into`.
 
@@ -161,8 +166,8 @@ def execute(
     shutil.rmtree(into, ignore_errors=True)
     into.mkdir(parents=True)
     started = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="rk-", ignore_cleanup_errors=True) as private:
-        work, sockets = Path(private, "work"), Path(private, "k")
+    with leftovers.run_folder() as private:
+        work, sockets = private / "work", private / "k"
         work.mkdir()
         sockets.mkdir(mode=0o700)
         for name in (sandbox.EXCHANGE_IN, sandbox.EXCHANGE_OUT):
@@ -171,7 +176,7 @@ def execute(
             )  # there before the kernel: a sandbox mounts these two files, and no folder
         session = _Session(notebook, kernel(sockets), work, limits)
         with session.running(_environment(work, job.tier)):
-            collected = _walk(session, job, secret, into)
+            collected = _walk(session, job, secret, into, told)
     result = Run(
         job.student,
         job.lesson.id,
@@ -188,7 +193,7 @@ def execute(
     return result
 
 
-def _walk(session: _Session, job: Job, secret: bytes, into: Path) -> dict[str, Collected]:
+def _walk(session: _Session, job: Job, secret: bytes, into: Path, told: Told) -> dict[str, Collected]:
     """Run every cell; after each check cell collect its exercise. One entry per exercise, whatever happens."""
     exercises = {exercise.id: exercise for exercise in job.lesson.exercises}
     collected: dict[str, Collected] = {}
@@ -206,6 +211,7 @@ def _walk(session: _Session, job: Job, secret: bytes, into: Path) -> dict[str, C
                     entry.exercise, TIMED_OUT, entry.evidence, "a cell before the check ran too long"
                 )
             collected[exercise.id], slow = entry, False
+            told(f"{exercise.id} {entry.outcome}")
         if session.dead:
             break
     # The exercise that was under way when the kernel died is the one that crashed.

@@ -14,7 +14,7 @@ import nbformat
 import pytest
 from nbconvert import HTMLExporter
 
-from grading import build, grade, gradebook
+from grading import build, gradebook
 from grading.pipeline import Settings
 from grading.workspace import ROOT, repository
 from tests.fixtures import small_course as small
@@ -53,7 +53,7 @@ def workspace(tmp_path_factory):
     own = [nbformat.v4.new_markdown_cell(source) for source in HOSTILE_MARKDOWN.values()]
     hostile.cells += [*own, nbformat.v4.new_code_cell(HOSTILE_OUTPUTS)]
     small.hand_in(workspace, "mallory", hostile)
-    grade.grade(workspace, [small.WRITTEN, small.LESSON], Settings())
+    small.graded(workspace, [small.WRITTEN, small.LESSON], Settings())
     return workspace
 
 

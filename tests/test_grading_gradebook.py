@@ -52,7 +52,7 @@ def graded(tmp_path_factory):
     write_atomically(small.hand_in(workspace, "not-json", release), b"{")
     small.hand_in(workspace, "nothing", release).unlink()
     small.hand_in(workspace, "star*", release)
-    outcomes = grade.grade(workspace, [small.LESSON], SETTINGS)
+    outcomes = small.graded(workspace, [small.LESSON], SETTINGS)
     return workspace, {outcome.student: outcome for outcome in outcomes}
 
 
@@ -170,7 +170,7 @@ def essay(tmp_path_factory):
     answer = {"s1_judgement": "It names no norm.", "s1_predict": small.PREDICTION}
     small.hand_in(workspace, "essayist", small.filled(release, answer), small.WRITTEN)
     small.hand_in(workspace, "silent", release, small.WRITTEN)
-    grade.grade(workspace, [small.WRITTEN], SETTINGS)
+    small.graded(workspace, [small.WRITTEN], SETTINGS)
     return workspace
 
 
@@ -207,7 +207,7 @@ def test_written_answer_waits_for_a_marker_and_keeps_the_mark(essay):
     assert (replayed.card.points, replayed.card.pending) == (8.5, ())
     assert "8.5 of 50" in essay.page("essayist", small.WRITTEN).read_text()
 
-    again, _ = grade.grade(essay, [small.WRITTEN], SETTINGS)
+    again, _ = small.graded(essay, [small.WRITTEN], SETTINGS)
     assert again.card.points == 8.5
     assert row_of(essay).points == 8.5
 
@@ -256,7 +256,7 @@ def test_release_is_needed_before_grading(tmp_path):
     workspace = small.workspace_in(tmp_path)
     small.hand_in(workspace, "early", small.source_notebook())
     with pytest.raises(RobustkitError, match="make the course first"):
-        grade.grade(workspace, grade.lessons_in(workspace, None), SETTINGS)
+        small.graded(workspace, grade.lessons_in(workspace, None), SETTINGS)
     with pytest.raises(RobustkitError, match="no submission to 01-mnist-fgsm"):
         grade.lessons_in(workspace, small.WRITTEN)
     assert notebooks.solution_id("s0_project_check") == "s0_project"

@@ -662,7 +662,7 @@ def test_commands_chain_by_files(course, release, tmp_path, capsys):
         ("score", tmp_path / "f.html", "-o", tmp_path / "x"),
         ("score", tmp_path / "r.json", "-o", tmp_path / "x", "--marks", tmp_path / "f.html"),
         ("feedback", tmp_path / "r.json", "-o", tmp_path / "x"),
-        ("grade", "--submitted", tmp_path / "nothing"),
+        ("class", "grade", "--submitted", tmp_path / "nothing"),
         ("build", "99-nowhere"),
     ):
         status, out, err = command(*bad)

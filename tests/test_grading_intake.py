@@ -509,19 +509,19 @@ def test_link_that_lies_in_submitted_is_not_written_through(place, tmp_path, wor
 def test_command_collects_says_so_and_exits_2_when_something_was_refused(tmp_path, capsys):
     source = pack(tmp_path / "class.zip", [("ada.ipynb", notebook()), ("notes.txt", b"hello")])
     arguments = ["--lesson", L, "--into", str(tmp_path / "submitted")]
-    assert main(["collect", str(source), *arguments]) == 0
+    assert main(["class", "collect", str(source), *arguments]) == 0
     said = capsys.readouterr().out.splitlines()
     assert said[0] == "ada.ipynb: collected for ada"
     assert said[1] == "notes.txt: left out; not a notebook"
     assert said[2] == "1 collected, 0 replaced, 0 unchanged, 1 left out, 0 refused."
 
     source = pack(tmp_path / "more.zip", [("bob.ipynb", b"{")])
-    assert main(["collect", str(source), *arguments, "--json"]) == 2
+    assert main(["class", "collect", str(source), *arguments, "--json"]) == 2
     said = json.loads(capsys.readouterr().out)
     assert said["summary"]["refused"] == 1
     assert "not JSON" in said["files"][0]["reason"]
 
-    assert main(["collect", str(tmp_path / "missing"), *arguments]) == 2
+    assert main(["class", "collect", str(tmp_path / "missing"), *arguments]) == 2
     assert capsys.readouterr().err.count("\n") == 1
 
 
@@ -652,13 +652,14 @@ def test_nbgrader_follows_links_and_ours_does_not_let_it(course, tmp_path):
         assert submission.score == 7
         assert submission.timestamp == datetime(*TUESDAY).astimezone(UTC).replace(tzinfo=None)
 
+    outcomes = {outcome.student: outcome for outcome in small.graded(course, [L], settings)}
     for student in ("mallory", "eve"):
-        outcome = grade.grade_one(course, L, student, settings)
+        outcome = outcomes[student]
         assert outcome.card.points == 0
         assert "a link; hand in plain files alone" in outcome.problem
         assert "a link" in read_scorecard(course.hop(student, L) / "scorecard.json").refused
         with pytest.raises(RobustkitError, match="a link; hand in plain files alone"):
-            gradebook.autograde(course, L, student, settings)
+            gradebook.enter(course, L, student)
     assert arrived(course, course.private) == []
 
     # The same without our exporter: if nbgrader should stop following links, this test says so.

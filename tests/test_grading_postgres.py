@@ -41,7 +41,7 @@ def whole_path(folder, database=""):
     small.hand_in(workspace, "twice", release, small.WRITTEN)
     foreign = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("hello")])
     small.hand_in(workspace, "foreign", foreign, small.WRITTEN)
-    grade.grade(workspace, [small.WRITTEN], SETTINGS)
+    small.graded(workspace, [small.WRITTEN], SETTINGS)
     with gradebook.opened(workspace) as book:  # as formgrader does when a marker types points
         score = book.find_grade("s1_judgement", small.WRITTEN, small.WRITTEN, "O, Neil's")
         score.manual_score, score.needs_manual_grade = 7.5, False

@@ -3,6 +3,7 @@
 provisioner.py    how such a kernel is started and ended, for jupyter_client
 confine.py        the launcher: seccomp, Landlock, limits; standard library alone
 cgroups.py        control groups
+leftovers.py      whose a run folder or a control group is, for the sweep of those of killed graders
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
 from jupyter_client.provisioning.factory import KernelProvisionerFactory
 
-from grading.sandbox import cgroups, confine
+from grading.sandbox import cgroups, confine, leftovers
 from robustkit.errors import RobustkitError
 
 TIERS = ("bwrap", "landlock")
@@ -66,6 +67,11 @@ def choose(wanted: str) -> str:
     )
 
 
+def sweep() -> int:
+    """Remove what graders that were killed left on this machine: groups with all in them, folders. How many."""
+    return cgroups.sweep() + leftovers.sweep_folders()
+
+
 class _OneSpec(KernelSpecManager):
     """Knows one kernel, whatever a notebook asks for."""
 
@@ -88,10 +94,8 @@ def confined(
 ) -> Callable[[Path], AsyncKernelManager]:
     """A kernel factory for `grading.run`: kernels of this Python in the sandbox `tier`.
 
-    `readable` are folders of data that it may read. Left-over control groups of graders that were killed
-    are removed first.
+    `readable` are folders of data that it may read.
     """
-    cgroups.sweep()
     KernelProvisionerFactory.instance().provisioners[_NAME] = EntryPoint(
         _NAME, "grading.sandbox.provisioner:SandboxProvisioner", "jupyter_client.kernel_provisioners"
     )

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import os
-import secrets
 import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from grading.sandbox import leftovers
+
 ROOT = Path("/sys/fs/cgroup")
-_PREFIX = "robustkit-"
+PREFIX = "robustkit-"
 
 
 def make(memory: int, processes: int) -> list[Path]:
     """New groups with these limits: one in version 2, one per controller in version 1, none where it is not allowed."""
-    name = f"{_PREFIX}{os.getpid()}-{secrets.token_hex(4)}"
+    name = f"{PREFIX}{leftovers.owned_name()}"
     made: list[Path] = []
     try:
         for parent, settings in _places(memory, processes):
@@ -88,13 +89,9 @@ def sweep() -> int:
     left = [
         group
         for parent in places()
-        for group in parent.glob(f"{_PREFIX}*")
-        if not _alive(group.name.removeprefix(_PREFIX).split("-")[0])
+        for group in parent.glob(f"{PREFIX}*")
+        if leftovers.abandoned(group.name.removeprefix(PREFIX))
     ]
     kill(left)
     remove(left)
     return len(left)
-
-
-def _alive(pid: str) -> bool:
-    return pid.isdecimal() and Path("/proc", pid).exists()
