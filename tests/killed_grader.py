@@ -28,7 +28,7 @@ from grading.run import Limits
 from grading.workspace import Workspace
 from tests.fixtures import small_course as small
 
-SETTINGS = Settings(limits=Limits(cell=60, notebook=120), sandbox="none")
+SETTINGS = Settings(limits=Limits(cell=300, notebook=600), sandbox="none")
 WRITES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod", "shutil.rmtree", "shutil.copyfile"}
 
 

@@ -208,7 +208,7 @@ def test_what_changed_is_graded_again_and_nothing_else(undisturbed, tmp_path):
     assert str(bob) == f"bob, {small.LESSON}: not graded; it was asked for. Grade it again."
     assert ada.card.points == 4
 
-    graded(pipeline.Settings(limits=pipeline.Limits(cell=61, notebook=120), sandbox="none"))
+    graded(pipeline.Settings(limits=pipeline.Limits(cell=61), sandbox="none"))
     assert asked == list(CLASS)
     workspace.gradebook.unlink()  # what was judged is entered anew
     graded()

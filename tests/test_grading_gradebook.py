@@ -20,7 +20,7 @@ from robustkit.errors import RobustkitError
 from robustkit.files import write_atomically
 from tests.fixtures import small_course as small
 
-SETTINGS = Settings(limits=Limits(cell=60, notebook=120))
+SETTINGS = Settings(limits=Limits(cell=300, notebook=600))
 
 pytestmark = [
     pytest.mark.slow,

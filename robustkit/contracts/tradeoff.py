@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from scipy.stats import binom  # type: ignore[import-untyped]
+from scipy.special import bdtr  # type: ignore[import-untyped]
 
 from robustkit.contracts.base import Array, Arrays, Contract, Finding, numbers, shaped
 from robustkit.contracts.oracle import uniform
@@ -401,7 +401,7 @@ def _expected(a: Array, b: Array) -> tuple[float, float, float]:
     n, only_a, only_b = len(a), int((a & ~b).sum()), int((b & ~a).sum())
     difference = (only_a - only_b) / n
     error = math.sqrt((only_a + only_b) / n - difference**2) / math.sqrt(n)
-    p = min(1.0, 2 * float(binom.cdf(min(only_a, only_b), only_a + only_b, 0.5)))
+    p = min(1.0, 2 * float(bdtr(min(only_a, only_b), only_a + only_b, 0.5)))
     return difference, error, p
 
 
