@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 from sqlalchemy import create_engine, text
 
-from grading import build, grade, gradebook, run, sandbox
+from grading import build, gradebook, run, sandbox
 from grading.pipeline import Settings
 from grading.run import Limits
 from grading.score import read_scorecard
@@ -88,7 +88,7 @@ def graded(tmp_path_factory):
     small.hand_in(
         workspace, "liar", small.filled(release, {**WRONG, "s0_distance": WRONG["s0_distance"] + LYING})
     )
-    outcomes = grade.grade(workspace, [small.LESSON], SETTINGS)
+    outcomes = small.graded(workspace, [small.LESSON], SETTINGS)
     assert not [outcome.problem for outcome in outcomes if outcome.problem]
     return workspace
 
