@@ -161,7 +161,10 @@ def _crew(arguments: argparse.Namespace) -> Iterator[Crew]:
     from robustkit import cluster
 
     files = {"ca_file": arguments.tls_ca_file, "cert": arguments.tls_cert, "key": arguments.tls_key}
-    with cluster.connected(arguments.dask, **files) as client, crew.of_dask(client) as remote:
+    with (
+        cluster.connected(arguments.dask, **files) as client,
+        crew.of_dask(client, arguments.sandbox) as remote,
+    ):
         yield remote
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -49,17 +49,19 @@ def here(server: Server, jobs: int) -> Iterator[Crew]:
 
 
 @contextmanager
-def of_dask(client: Client) -> Iterator[Crew]:
+def of_dask(client: Client, confinement: str) -> Iterator[Crew]:
     """A submission at a time for each thread of the cluster's workers. A dead worker's goes to another one.
 
-    The workers need this clone, not only the package: `python -m distributed.cli.dask_worker` in its folder.
-    Raises: RobustkitError where they have none.
+    The workers need this clone, not only the package: start them in its folder.
+    Raises: RobustkitError when one of them has none, or not the sandbox `confinement`.
     """
     try:
-        client.run(sandbox.available)
+        client.run(sandbox.choose, confinement)
+        client.run(sandbox.sweep)
     except Exception as error:
         raise RobustkitError(
-            f"a worker cannot grade ({error}); start the workers in a clone of this repository."
+            f"a worker cannot grade: {str(error).rstrip('.')}; start the workers in a clone of this repository, on "
+            "machines with a sandbox."
         ) from error
     listeners: dict[str, Told] = {}
 
@@ -83,18 +85,17 @@ def of_dask(client: Client) -> Iterator[Crew]:
         executor.shutdown(wait=False)
 
 
-_server: Server | None = None  # of a Dask worker, whose tasks have nothing else in common
+@cache
+def _server() -> Server:
+    """Of a Dask worker, whose tasks have nothing else in common; it ends with the worker."""
+    return Server()
 
 
 def _on_worker(task: Task) -> Files:
-    global _server
     from distributed import get_worker
 
     worker = get_worker()
-    if _server is None:
-        sandbox.sweep()
-        _server = Server()
-    return carry_out(task, _server, lambda line: worker.log_event(_TOPIC, (task.identity, line)))
+    return carry_out(task, _server(), lambda line: worker.log_event(_TOPIC, (task.identity, line)))
 
 
 def results(

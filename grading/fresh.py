@@ -38,10 +38,6 @@ _MOST_LINE = 500
 _PR_SET_PDEATHSIG = 1
 
 
-class Killed(RobustkitError):
-    """A hop's process ended without a word: somebody, or the machine short of memory, killed it."""
-
-
 def unheard(line: str) -> None:
     """Told nobody."""
 
@@ -68,7 +64,7 @@ class Server:
     def hop(self, name: str, *arguments: str | Path, told: Told = unheard) -> None:
         """`python -m grading NAME ARGUMENTS` in the clone's folder; `told` gets what it prints to stderr.
 
-        Raises: RobustkitError with its last words when it fails, Killed when it was killed.
+        Raises: RobustkitError with its last words when it fails, or was killed.
         """
         ours, theirs = os.pipe()
         with os.fdopen(ours, encoding="utf-8", errors="replace") as lines:
@@ -84,7 +80,9 @@ class Server:
                     raise RobustkitError(last or f"the hop {name} stopped without a word.")
                 last = line.strip()[:_MOST_LINE]
                 told(last)
-        raise Killed(f"the process of the hop {name} was killed")
+        raise RobustkitError(
+            f"the process of the hop {name} was killed; see whether the machine has enough memory."
+        )
 
     def _ask(self, arguments: Sequence[str], said: int) -> None:
         request = json.dumps(arguments).encode()
@@ -97,7 +95,7 @@ class Server:
 
     def _running(self) -> socket.socket:
         if self._over:
-            raise Killed("grading was stopped")
+            raise RobustkitError("grading was stopped.")
         if self._requests is None:
             self._requests, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             with theirs:

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from grading import feedback, judge, records
-from grading.fresh import Killed, Server, Told, unheard
+from grading.fresh import Server, Told, unheard
 from grading.run import Limits
 from grading.sandbox import leftovers
 from grading.score import Scorecard, score, write_scorecard
@@ -21,7 +21,7 @@ from robustkit.errors import RobustkitError
 from robustkit.files import write_atomically
 from robustkit.lessons import Lesson
 
-ATTEMPTS = 3  # at a submission whose run or judge is killed
+ATTEMPTS = 3  # at a submission whose run or judge fails
 Files = Mapping[str, bytes]  # evidence and records, by their path in the folder of one submission
 JUDGED, ENTERED = "judged", "entered"  # stages of a task; the gradebook is the last
 _STAMP = "graded.json"
@@ -91,9 +91,10 @@ def assess(
 
 
 def carry_out(task: Task, server: Server, told: Told = unheard) -> Files:
-    """Assess a task in a folder that passes; what the folder then holds. Where a process is killed, once more.
+    """Assess a task in a folder that passes; what the folder then holds.
 
-    Raises: RobustkitError when it cannot be graded, or was killed `ATTEMPTS` times.
+    Whatever a learner's code does is in the verdicts. What fails beyond that, a process that is killed, is tried
+    again. Raises: RobustkitError when it failed `ATTEMPTS` times.
     """
     for _ in range(ATTEMPTS):
         with leftovers.run_folder() as folder:
@@ -114,15 +115,15 @@ def carry_out(task: Task, server: Server, told: Told = unheard) -> Files:
                     server,
                     told,
                 )
-            except Killed as error:
-                reason = str(error)
+            except RobustkitError as error:
+                reason = error
                 continue
             return {
                 path.relative_to(folder / "hop").as_posix(): path.read_bytes()
                 for path in sorted((folder / "hop").rglob("*"))
                 if path.is_file()
             }
-    raise RobustkitError(f"{reason}, {ATTEMPTS} times; see whether the machine has enough memory.")
+    raise RobustkitError(f"{reason} It was tried {ATTEMPTS} times.")
 
 
 def keep(workspace: Workspace, task: Task, files: Files) -> None:

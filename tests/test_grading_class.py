@@ -12,9 +12,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
+from contextlib import ExitStack
 from pathlib import Path
 
 import nbformat
@@ -31,7 +33,7 @@ from tests import test_cluster
 from tests.fixtures import small_course as small
 from tests.killed_grader import SETTINGS, contents
 
-SECONDS = 120  # the longest that anything here may take, on a busy machine
+SECONDS = 600  # the longest that anything here may take, on a busy machine
 CLASS = ("ada", "bob", "cyd")
 dask = test_cluster.dask  # a scheduler and two workers
 
@@ -253,7 +255,7 @@ def test_a_submission_whose_process_is_killed_is_run_again(released, server, tmp
     assert heard[-1] == "judging"
     assert "s0_project_check collected" in heard
     assert sorted(files)[-1] == "records.json"
-    assert not list(Path(leftovers.tempfile.gettempdir()).glob(f"rk-*-{os.getpid()}-*"))
+    assert not list(Path(tempfile.gettempdir()).glob(f"rk-{os.getpid()}-*"))
 
 
 @pytest.mark.slow
@@ -267,16 +269,16 @@ def test_a_submission_whose_process_is_always_killed_is_reported_and_the_others_
     with crew.here(server, 2) as here:
         ada, bob = grade.grade(watched.workspace, [small.LESSON], SETTINGS, here)
     assert watched.events("begun") == {"ada": pipeline.ATTEMPTS}
-    assert "was killed, 3 times" in ada.problem
+    assert "the process of the hop run was killed" in ada.problem
+    assert ada.problem.endswith("It was tried 3 times. Grade it again.")
     assert ada.card is None
     assert bob.card.points == 7
     assert watched.stage("ada") == ""
 
 
 def test_a_hop_says_how_far_it_is_and_why_it_failed(server, tmp_path):
-    with pytest.raises(RobustkitError, match=r"^.*nothing.*run\.json cannot be read") as told:
+    with pytest.raises(RobustkitError, match=r"nothing.*run\.json cannot be read"):
         server.hop("judge", tmp_path / "nothing", "-o", tmp_path / "records.json")
-    assert not isinstance(told.value, fresh.Killed)
     with pytest.raises(RobustkitError, match="invalid choice: 'nonsense'"):
         server.hop("nonsense")
 
@@ -294,7 +296,7 @@ def test_a_killed_server_is_started_again_and_a_closed_one_is_not(tmp_path):
             ask()
         pid = server._process.pid
     assert not Path(f"/proc/{pid}").exists()
-    with pytest.raises(fresh.Killed, match="grading was stopped"):
+    with pytest.raises(RobustkitError, match="grading was stopped"):
         ask()
 
 
@@ -349,12 +351,12 @@ def test_a_name_is_abandoned_when_its_process_is_gone_and_only_then(tmp_path):
         assert not leftovers.abandoned(odd)
     gone = subprocess.Popen([sys.executable, "-c", "pass"])
     gone.wait()
-    old = tmp_path / f"rk-{namespace}-{gone.pid}-1-{end}"
+    old = tmp_path / f"rk-{gone.pid}-{namespace}-1-{end}"
     old.mkdir()
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "kept").touch()
     (old / "link").symlink_to(tmp_path / "elsewhere")
-    (tmp_path / f"rk-{namespace}-{gone.pid}-1-link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / f"rk-{gone.pid}-{namespace}-1-link").symlink_to(tmp_path / "elsewhere")
     leftovers.sweep_folders(tmp_path)
     assert not old.exists()
     assert (tmp_path / "elsewhere" / "kept").exists()
@@ -368,7 +370,11 @@ def test_a_name_is_abandoned_when_its_process_is_gone_and_only_then(tmp_path):
 def test_workers_grade_to_what_one_machine_does_although_one_is_killed(dask, released, undisturbed, tmp_path):
     watched = Watched(released, tmp_path)
     found: list[grade.Graded] = []
-    with cluster.connected(dask.address, **dask.files) as client, crew.of_dask(client) as workers:
+    with ExitStack() as stack:
+        client = stack.enter_context(cluster.connected(dask.address, **dask.files))
+        with pytest.raises(RobustkitError, match="a worker cannot grade: the sandbox 'docker' is unknown"):
+            stack.enter_context(crew.of_dask(client, "docker"))
+        workers = stack.enter_context(crew.of_dask(client, "none"))
         assert workers.size == 2
 
         def work() -> None:

@@ -12,12 +12,12 @@ from pathlib import Path
 from grading.sandbox import leftovers
 
 ROOT = Path("/sys/fs/cgroup")
-PREFIX = "robustkit-"
+_PREFIX = "robustkit-"
 
 
 def make(memory: int, processes: int) -> list[Path]:
     """New groups with these limits: one in version 2, one per controller in version 1, none where it is not allowed."""
-    name = f"{PREFIX}{leftovers.owned_name()}"
+    name = f"{_PREFIX}{leftovers.owned_name()}"
     made: list[Path] = []
     try:
         for parent, settings in _places(memory, processes):
@@ -86,12 +86,7 @@ def remove(groups: Sequence[Path]) -> None:
 
 def sweep() -> int:
     """Remove the groups of graders that are gone, with whatever still runs in them; how many there were."""
-    left = [
-        group
-        for parent in places()
-        for group in parent.glob(f"{PREFIX}*")
-        if leftovers.abandoned(group.name.removeprefix(PREFIX))
-    ]
+    left = [group for parent in places() for group in leftovers.abandoned_in(parent, _PREFIX)]
     kill(left)
     remove(left)
     return len(left)

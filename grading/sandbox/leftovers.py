@@ -19,15 +19,15 @@ FOLDER = "rk-"  # short: the path of a socket in such a folder has at most 107 b
 
 def owned_name() -> str:
     """A new name that says it is this process's."""
-    return f"{_namespace()}-{os.getpid()}-{_started(os.getpid())}-{secrets.token_hex(4)}"
+    return f"{os.getpid()}-{_namespace()}-{_started(os.getpid())}-{secrets.token_hex(4)}"
 
 
 def abandoned(name: str) -> bool:
     """Whether the process that chose the name is gone. False where that cannot be known from here."""
-    namespace, *numbers = name.split("-")[:3]
-    if namespace != _namespace() or len(numbers) < 2 or not all(number.isdecimal() for number in numbers):
+    pid, namespace, started, *_ = [*name.split("-"), "", ""]
+    if not pid.isdecimal() or not started.isdecimal() or namespace != _namespace():
         return False
-    return _started(int(numbers[0])) != numbers[1]
+    return _started(int(pid)) != started
 
 
 @contextmanager
@@ -42,13 +42,20 @@ def run_folder(parent: Path | None = None) -> Iterator[Path]:
 
 
 def sweep_folders(parent: Path | None = None) -> int:
-    """Remove the run folders of this user whose process is gone; how many there were."""
-    count = 0
-    for folder in Path(parent or tempfile.gettempdir()).glob(f"{FOLDER}*"):
-        if abandoned(folder.name.removeprefix(FOLDER)) and folder.lstat().st_uid == os.getuid():
-            shutil.rmtree(folder, ignore_errors=True)  # which follows no link
-            count += 1
-    return count
+    """Remove the run folders whose process is gone; how many there were."""
+    left = abandoned_in(Path(parent or tempfile.gettempdir()), FOLDER)
+    for folder in left:
+        shutil.rmtree(folder, ignore_errors=True)  # which follows no link
+    return len(left)
+
+
+def abandoned_in(parent: Path, prefix: str) -> list[Path]:
+    """What this user has in a folder under `prefix` and the name of a process that is gone."""
+    return [
+        path
+        for path in parent.glob(f"{prefix}*")
+        if abandoned(path.name.removeprefix(prefix)) and path.lstat().st_uid == os.getuid()
+    ]
 
 
 def _namespace() -> str:
