@@ -2,6 +2,7 @@
 
     python -m tests.killed_grader grade WORKSPACE JOBS       grades a small class in plain kernels
     python -m tests.killed_grader points WORKSPACE POINTS    kills a grader at so many points; prints what came of it
+    python -m tests.killed_grader MUTANT WORKSPACE POINTS    the same with a wrong grader
 
 In the second one the verdicts are there already: the crew hands them out, and counts how often it is asked.
 """
@@ -21,7 +22,7 @@ from pathlib import Path
 from sqlalchemy import event
 from sqlalchemy.engine import Engine
 
-from grading import grade
+from grading import grade, pipeline
 from grading.crew import Crew
 from grading.pipeline import Files, Settings, Task
 from grading.run import Limits
@@ -115,7 +116,7 @@ def points(workspace: Workspace, number: int) -> list[dict[str, object]]:
     for i in range(number):
         at = 1 + i * (whole - 1) // (number - 1)
         died = start(at) == at
-        stamped = {path.parts[-3] for path in again.records.glob("*/*/graded.json")}
+        entered = {path.parts[-3] for path in again.records.glob("*/*/scorecard.json")}
         before = Counter(asked.read_text().split()) if asked.exists() else Counter()
         graded(again, files, asked, 0)
         after = Counter(asked.read_text().split())
@@ -124,7 +125,7 @@ def points(workspace: Workspace, number: int) -> list[dict[str, object]]:
                 "at": at,
                 "died": died,
                 "same": contents(again) == expected,
-                "twice": sorted(student for student in stamped if after[student] != before[student]),
+                "twice": sorted(student for student in entered if after[student] != before[student]),
                 "lost": sorted(set(files) - set(after)),
                 "left": sorted(path.name for path in fresh.glob("rk-*")),
             }
@@ -132,12 +133,30 @@ def points(workspace: Workspace, number: int) -> list[dict[str, object]]:
     return found
 
 
+def stamps_first(workspace: Workspace, task: Task, files: Files) -> None:
+    """A wrong `keep`: says that all is there before it is."""
+    pipeline.stamp(workspace, task, pipeline.JUDGED)
+    for name, content in files.items():
+        path = workspace.hop(task.student, task.lesson) / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+
+
+def never_stamps(workspace: Workspace, task: Task, stage: str) -> None:
+    """A wrong `stamp`: never says that a submission is graded."""
+
+
+MUTANTS = {"keep": stamps_first, "stamp": never_stamps}
+
+
 def main(what: str, folder: str, number: str) -> None:
     workspace = small.workspace_in(Path(folder))
     if what == "grade":
         small.graded(workspace, [small.LESSON], SETTINGS, int(number))
-    else:
-        print(json.dumps(points(workspace, int(number))))
+        return
+    if what != "points":
+        setattr(pipeline, what, MUTANTS[what])
+    print(json.dumps(points(workspace, int(number))))
 
 
 if __name__ == "__main__":

@@ -170,17 +170,29 @@ def test_a_class_whose_grader_is_killed_three_times_is_graded_once(released, und
     assert watched.events("ended") == Counter(CLASS)
 
 
-@pytest.mark.slow
-def test_wherever_a_grader_is_killed_the_next_one_grades_the_rest_and_nothing_twice(undisturbed):
-    command = [sys.executable, "-m", "tests.killed_grader", "points", str(undisturbed.folder), "12"]
+def killed_at_points(grader: str, undisturbed: Watched, number: int):
+    command = [sys.executable, "-m", "tests.killed_grader", grader, str(undisturbed.folder), str(number)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    whole, *killed = json.loads(done.stdout)
+    return json.loads(done.stdout)
+
+
+@pytest.mark.slow
+def test_wherever_a_grader_is_killed_the_next_one_grades_the_rest_and_nothing_twice(undisturbed):
+    whole, *killed = killed_at_points("points", undisturbed, 12)
     assert whole["same"]
     assert whole["writes"] > 100
     assert len(killed) == 12
     for point in killed:
         assert point == {"at": point["at"], "died": True, "same": True, "twice": [], "lost": [], "left": []}
+
+
+@pytest.mark.slow
+def test_graders_that_say_too_early_or_never_what_is_done_are_noticed(undisturbed):
+    _, *killed = killed_at_points("keep", undisturbed, 12)
+    assert not all(point["same"] for point in killed)
+    _, *killed = killed_at_points("stamp", undisturbed, 3)
+    assert any(point["twice"] for point in killed)
 
 
 @pytest.mark.slow
@@ -201,14 +213,14 @@ def test_what_changed_is_graded_again_and_nothing_else(undisturbed, tmp_path):
         return grade.grade(workspace, [small.LESSON], settings, crew.Crew(2, submit))
 
     points = {outcome.student: outcome.card.points for outcome in graded()}
-    assert (points, asked) == ({"ada": 4, "bob": 2, "cyd": 4}, [])
+    assert (points, asked) == ({"ada": 5, "bob": 2, "cyd": 5}, [])
 
     notebook = workspace.submission("bob", small.LESSON)
     notebook.write_bytes(notebook.read_bytes() + b"\n")
     ada, bob, _ = graded()
     assert asked == ["bob"]
     assert str(bob) == f"bob, {small.LESSON}: not graded; it was asked for. Grade it again."
-    assert ada.card.points == 4
+    assert ada.card.points == 5
 
     graded(pipeline.Settings(limits=pipeline.Limits(cell=61), sandbox="none"))
     assert asked == list(CLASS)
@@ -300,6 +312,14 @@ def test_a_killed_server_is_started_again_and_a_closed_one_is_not(tmp_path):
         ask()
 
 
+def test_a_kernel_imports_nothing_large_that_no_exercise_needs():
+    """Each submission's kernel pays for it: scipy.stats alone takes as long as half of torch."""
+    large = ("scipy.stats", "sklearn", "matplotlib", "torchvision", "distributed", "nbgrader")
+    ask = f"import robustkit.lessons, sys; print(*[name for name in {large} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", ask], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+
+
 # --- left-overs ---------------------------------------------------------------------------------------------
 
 
@@ -341,13 +361,12 @@ def test_the_sweep_takes_what_a_dead_grader_left_and_nothing_of_a_living_one():
 
 
 def test_a_name_is_abandoned_when_its_process_is_gone_and_only_then(tmp_path):
-    namespace, pid, started, end = leftovers.owned_name().split("-")
-    assert not leftovers.abandoned(f"{namespace}-{pid}-{started}-{end}")
-    assert leftovers.abandoned(f"{namespace}-{pid}-{int(started) - 1}-{end}")  # the number was given again
-    assert not leftovers.abandoned(
-        f"{int(namespace) + 1}-{pid}-{int(started) - 1}-{end}"
-    )  # another container's
-    for odd in ("", "lock", pid, f"{namespace}-{pid}", f"{namespace}-{pid}-", f"{namespace}-x-{started}"):
+    pid, namespace, started, end = leftovers.owned_name().split("-")
+    assert not leftovers.abandoned(f"{pid}-{namespace}-{started}-{end}")
+    before = int(started) - 1
+    assert leftovers.abandoned(f"{pid}-{namespace}-{before}-{end}")  # the number was given again
+    assert not leftovers.abandoned(f"{pid}-{int(namespace) + 1}-{before}-{end}")  # another container's
+    for odd in ("", "lock", pid, f"{pid}-{namespace}", f"{pid}-{namespace}-", f"x-{namespace}-{started}"):
         assert not leftovers.abandoned(odd)
     gone = subprocess.Popen([sys.executable, "-c", "pass"])
     gone.wait()
