@@ -46,7 +46,8 @@ def contents(workspace: Workspace) -> dict[str, list[object]]:
     book.close()
     for name in ("records.json", "scorecard.json"):
         paths = sorted(workspace.records.glob(f"*/*/{name}"))
-        found[name] = [json.loads(path.read_text()) for path in paths]
+        # The notebooks of two classes name different folders.
+        found[name] = [json.loads(path.read_text()) | {"submission": ""} for path in paths]
     return found
 
 
