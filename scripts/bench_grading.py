@@ -76,14 +76,14 @@ class Round:
 
 
 def class_of(number: int) -> dict[str, NotebookNode]:
-    """`number` submissions by student: a quarter right, a fifth hostile, the others right in part, drawn by seed."""
+    """`number` submissions by student: a fifth right, a fifth crashing or cheating, the others right in part, drawn by seed."""
     draw, release = random.Random(SEED), ROOT / "course" / LESSON / f"{LESSON}.ipynb"
     source = notebooks.read_release(ROOT / "solutions" / LESSON / f"{LESSON}.ipynb")
     right = {notebooks.grade_id(cell): cell.source for cell in source.cells if notebooks.is_solution(cell)}
     wrong = [demo.read_example("partly-right"), demo.read_example("wrong-but-plausible"), {}]
     made = {}
     for i in range(number):
-        if i % 4 == 0:
+        if i % 5 == 0:
             kind, cells = "right", dict(right)
         elif i % 5 == 1:
             kind = list(HOSTILE)[i // 5 % len(HOSTILE)]
