@@ -76,7 +76,7 @@ class Round:
 
 
 def class_of(number: int) -> dict[str, NotebookNode]:
-    """`number` submissions by student: a fifth right, a fifth crash or cheat, the others partly right, drawn by seed."""
+    """`number` submissions by student: a fifth right, a fifth crash or cheat, the others partly right, by seed."""
     draw, release = random.Random(SEED), ROOT / "course" / LESSON / f"{LESSON}.ipynb"
     source = notebooks.read_release(ROOT / "solutions" / LESSON / f"{LESSON}.ipynb")
     right = {notebooks.grade_id(cell): cell.source for cell in source.cells if notebooks.is_solution(cell)}
