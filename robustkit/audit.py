@@ -29,7 +29,7 @@ from functools import cached_property, partial
 from itertools import combinations
 
 import torch
-from scipy.stats import binom  # type: ignore[import-untyped]
+from scipy.special import bdtrc  # type: ignore[import-untyped]
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
@@ -161,7 +161,7 @@ def _beyond(share: Interval, threshold: float) -> bool:
     >>> [_beyond(Interval(k, 200), 0.005) for k in (1, 4, 5)]
     [False, False, True]
     """
-    chance = float(binom.sf(share.k - 1, share.n, threshold))  # of so many images or more
+    chance = float(bdtrc(share.k - 1, share.n, threshold))  # of so many images or more
     return share.share > threshold and chance < RARE
 
 

@@ -8,6 +8,7 @@ import torch
 
 from grading import notebooks, pipeline
 from grading.demo import fill
+from grading.fresh import Server
 from grading.workspace import repository
 from robustkit.certify import confidence
 from robustkit.certify.certificates import Smoothing
@@ -94,15 +95,17 @@ def test_wrong_answers_lose_what_they_must_and_a_stub_loses_all(tmp_path):
     submission.cells = [c for c in submission.cells if notebooks.grade_id(c)]
     submission.cells.insert(0, nbformat.v4.new_code_cell(IMPORTS))
     nbformat.write(submission, tmp_path / "submission.ipynb")
-    records = pipeline.assess(
-        tmp_path / "submission.ipynb",
-        LESSON,
-        repository().release(LESSON.id),
-        tmp_path,
-        "s-4",
-        tmp_path / "secret",
-        pipeline.Settings(),
-    )
+    with Server() as server:
+        records = pipeline.assess(
+            tmp_path / "submission.ipynb",
+            LESSON.id,
+            repository().release(LESSON.id),
+            tmp_path,
+            "s-4",
+            tmp_path / "secret",
+            pipeline.Settings(),
+            server,
+        )
     lost: dict[str, dict[str, str]] = {}
     for mark in records.marks:
         if mark.points < mark.maximum:
