@@ -119,6 +119,7 @@ LESSON_WORK: dict[str, tuple[float, tuple[Training | Attacking, ...]]] = {
             Attacking("pgd-40", {"smoke": 230, "standard": 52_000, "full": 983_000}, share=0.9),
         ),
     ),
+    "08-attack-the-grader": (20.0, ()),  # it runs no model
 }
 
 
