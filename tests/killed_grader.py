@@ -2,7 +2,7 @@
 
     python -m tests.killed_grader grade WORKSPACE JOBS       grades a small class in plain kernels
     python -m tests.killed_grader points WORKSPACE POINTS    kills a grader at so many points; prints what came of it
-    python -m tests.killed_grader MUTANT WORKSPACE POINTS    the same with a wrong grader
+    python -m tests.killed_grader forgetful WORKSPACE POINTS the same with a grader that does not note what is done
 
 In the second one the verdicts are there already: the crew hands them out, and counts how often it is asked.
 """
@@ -134,20 +134,8 @@ def points(workspace: Workspace, number: int) -> list[dict[str, object]]:
     return found
 
 
-def stamps_first(workspace: Workspace, task: Task, files: Files) -> None:
-    """A wrong `keep`: says that all is there before it is."""
-    pipeline.stamp(workspace, task, pipeline.JUDGED)
-    for name, content in files.items():
-        path = workspace.hop(task.student, task.lesson) / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
-
-
 def never_stamps(workspace: Workspace, task: Task, stage: str) -> None:
     """A wrong `stamp`: never says that a submission is graded."""
-
-
-MUTANTS = {"keep": stamps_first, "stamp": never_stamps}
 
 
 def main(what: str, folder: str, number: str) -> None:
@@ -155,8 +143,8 @@ def main(what: str, folder: str, number: str) -> None:
     if what == "grade":
         small.graded(workspace, [small.LESSON], SETTINGS, int(number))
         return
-    if what != "points":
-        setattr(pipeline, what, MUTANTS[what])
+    if what == "forgetful":
+        pipeline.stamp = never_stamps
     print(json.dumps(points(workspace, int(number))))
 
 
