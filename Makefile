@@ -18,7 +18,7 @@ PARALLEL := OMP_NUM_THREADS=1
 IN_FILES := -n logical --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check lint notebooks redteam zoo lab bench clean distclean
+.PHONY: help setup demo test check lint notebooks redteam mutate zoo lab bench clean distclean
 
 help: ## list these targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -47,6 +47,9 @@ notebooks: setup ## execute every solution notebook in the smoke tier
 	$(RUN) $(PARALLEL) ROBUSTKIT_TIER=smoke python -m pytest $(IN_FILES) -W default --nbval-lax --nbval-current-env \
 	    --nbval-cell-timeout=600 solutions
 
+mutate: setup ## grade every mutant of lessons 0 and 1; resumes where it stopped; about half an hour
+	$(RUN) for lesson in 00-start-here 01-mnist-fgsm; do python -m grading mutate $$lesson --jobs 2 || exit 1; done
+
 # A sample of the corpus is in `make test`; the whole takes about ten minutes.
 redteam: setup ## every hostile submission of tests/redteam, in every sandbox tier that works here
 	$(RUN) python -m pytest tests/redteam
@@ -65,6 +68,7 @@ bench: setup ## time everybody's FGSM, PGD and AutoAttack against the passes the
 	    --target "$$VIRTUAL_ENV/bench-peers" torchattacks==3.5.1 adv-lib==0.2.8 || \
 	    echo "bench: without torchattacks and adv-lib" >&2
 	$(RUN) python scripts/bench.py
+	$(RUN) python scripts/bench_grading.py --submissions 24
 	$(RUN) python scripts/bench_certify.py --images 10 > docs/bench/certify.json.part && \
 	    mv docs/bench/certify.json.part docs/bench/certify.json
 

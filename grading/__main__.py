@@ -272,7 +272,10 @@ def _parser() -> argparse.ArgumentParser:
     def hop(name: str, command: Command, text: str, example: str) -> argparse.ArgumentParser:
         group, _, last = name.rpartition(" ")
         added = groups[group].add_parser(
-            last, help=text, description=text, epilog=f"example: python -m grading {example}"
+            last,
+            help=text.replace("%", "%%"),
+            description=text,
+            epilog=f"example: python -m grading {example}",
         )
         added.set_defaults(command=command)
         added.add_argument("--json", action="store_true", help="print JSON")

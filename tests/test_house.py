@@ -1,5 +1,6 @@
 """The house: set-up, pins, make targets, the wheel. Real shells, real pip, real interpreters; no network."""
 
+import argparse
 import importlib.metadata
 import os
 import re
@@ -11,13 +12,15 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-import robustkit
+import grading.__main__
+import robustkit.cli
 
 ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -109,6 +112,22 @@ def test_nbgrader_finds_the_course_from_the_repository_root():
     ask = "from nbgrader.apps import NbGraderApp as A; a = A(); a.initialize([]); c = a.coursedir"
     done = run(sys.executable, "-c", f"{ask}; print(c.source_directory, c.release_directory)")
     assert done.stdout.split() == ["solutions", "course"], done.stderr
+
+
+def parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    """A command line's parser and those of its commands."""
+    yield parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for command in action.choices.values():
+                yield from parsers(command)
+
+
+@pytest.mark.parametrize("whole", [robustkit.cli._parser(), grading.__main__._parser()], ids=lambda p: p.prog)
+def test_every_command_can_show_its_help(whole):
+    """argparse formats help texts with %: one that stands alone is found when somebody asks, not before."""
+    for parser in parsers(whole):
+        assert parser.format_help().startswith("usage: ")
 
 
 # --- Pins ---------------------------------------------------------------------------------------------
