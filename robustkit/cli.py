@@ -357,14 +357,25 @@ def _ball(options: argparse.Namespace) -> Ball:
     return Ball(norm, usual_eps if options.eps is None else options.eps)
 
 
+def _kit_card(weights: Path) -> dict[str, Any]:
+    """The card of a model of the kit, where `weights` is the name of one and no file; {} otherwise."""
+    from robustkit.models import zoo
+
+    return {} if weights.exists() or str(weights) not in zoo.names() else zoo.card(str(weights))
+
+
 def _architecture(options: argparse.Namespace) -> str:
-    return options.model or _USUAL[options.data][0]
+    return options.model or _kit_card(options.weights).get("architecture") or _USUAL[options.data][0]
 
 
 def _model(options: argparse.Namespace, weights: Path) -> nn.Module:
     from robustkit import device, models
 
-    model = models.load_weights(models.build(_architecture(options)), weights)
+    model = (
+        models.pretrained(str(weights))
+        if _kit_card(weights)
+        else models.load_weights(models.build(_architecture(options)), weights)
+    )
     return model.eval().to(device.pick_device())
 
 
@@ -375,7 +386,8 @@ def _images(options: argparse.Namespace, limit: int | None) -> Dataset:
 
 
 def _weights_note(options: argparse.Namespace) -> str:
-    digest = hashlib.sha256(options.weights.read_bytes()).hexdigest()
+    card = _kit_card(options.weights)
+    digest = card["sha256"] if card else hashlib.sha256(options.weights.read_bytes()).hexdigest()
     return f"{_architecture(options)}, weights sha256 {digest[:16]}"
 
 
@@ -435,7 +447,9 @@ def _check_fits(model: Model, name: str, images: Dataset) -> None:
 
 
 def _model_name(weights: Path) -> str:
-    """runs/mnist-pgd/model.safetensors is mnist-pgd; anything else goes by the file's own name."""
+    """runs/mnist-pgd/model.safetensors is mnist-pgd; a file goes by its name, and so does a model of the kit."""
+    if _kit_card(weights):
+        return str(weights)
     return weights.resolve().parent.name if weights.name == "model.safetensors" else weights.stem
 
 
@@ -731,7 +745,9 @@ def _parser() -> argparse.ArgumentParser:
 
     def add_subject(command: _Parser) -> None:
         """Which model on which images: what evaluations, audits and certifications are about."""
-        command.add_argument("weights", type=Path, metavar="MODEL.safetensors", help="weights of the model")
+        command.add_argument(
+            "weights", type=Path, metavar="MODEL", help="weights.safetensors, or a model of the kit by name"
+        )
         command.add_argument("--data", required=True, choices=tuple(_USUAL), help="data set of the images")
         command.add_argument("--split", default="test", help="split of it (default test)")
         command.add_argument(
@@ -879,8 +895,8 @@ def _parser() -> argparse.ArgumentParser:
     audit.add_argument(
         "--surrogate",
         type=Path,
-        metavar="OTHER.safetensors",
-        help="weights of another model of the same architecture, for the transfer check",
+        metavar="OTHER",
+        help="another model, of the same architecture or of the kit, for the transfer check",
     )
     audit.add_argument("--out", type=Path, metavar="FILE", help="default: audit.json beside the weights")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -19,6 +20,7 @@ import robustkit
 from robustkit import cli, data, doctor
 from robustkit.errors import RobustkitError
 from robustkit.lessons import LESSONS
+from robustkit.models import pretrained, zoo
 from robustkit.recipes import RECIPES
 from robustkit.results import read_evaluation
 from tests.oracle import evaluation
@@ -282,6 +284,30 @@ def test_the_usual_ball_and_number_of_images_follow_data_and_tier(run, weights):
         "l2.json",
     )
     assert str(read_evaluation(Path("l2.json")).threat.ball) == "L2 eps=0.5"
+
+
+def test_a_model_of_the_kit_goes_by_its_name(run, tmp_path):
+    """Half-precision files, a dot in the name, the architecture and digest of the card."""
+    card = zoo.card("mnist-gaussian-0.25")
+    status, _, _ = run(
+        "evaluate", "mnist-gaussian-0.25", "--data", "digits", "--n", "10", "--attacks", "fgsm"
+    )
+    assert status == 0
+    found = read_evaluation(tmp_path / "eval.json")
+    assert found.model == "mnist-gaussian-0.25"
+    assert found.notes[0] == f"mnist_cnn, weights sha256 {card['sha256'][:16]}"
+    images = data.load("digits", "test", limit=10)
+    right = (pretrained("mnist-gaussian-0.25")(images.x).argmax(1) == images.y).sum()
+    assert found.clean.k == right
+
+
+def test_a_file_goes_before_a_model_of_the_kit(run, weights, tmp_path):
+    """Whoever has a file of that name means the file."""
+    (tmp_path / "mnist-pgd").write_bytes(weights.read_bytes())
+    status, _, _ = run("evaluate", "mnist-pgd", "--data", "digits", "--n", "10", "--attacks", "fgsm")
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    assert status == 0
+    assert read_evaluation(tmp_path / "eval.json").notes[0].endswith(digest[:16])
 
 
 def test_evaluate_writes_beside_the_weights_unless_told_otherwise(run, tmp_path):
