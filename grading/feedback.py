@@ -76,6 +76,35 @@ ASKED: dict[str, dict[str, str]] = {
         "counts": "one count of surviving images for each eps",
         "clean": "misclassified images are not counted as robust, at eps 0 either",
     },
+    "covers": {
+        "same_norm": "a larger ball of the same norm covers a smaller one, and never the other way round",
+        "across_norms": "the farthest point of one ball lies in the other, in the dimension given",
+    },
+    "sandwich": {
+        "empirical": "images that are right untouched, and right untouched and under attack",
+        "certified": "images that are proved for the right class, as far as eps",
+        "contradictions": "every image whose certificate is refuted inside its radius, and no other",
+    },
+    "paired": {
+        "difference": "the share on which one defence alone is right, less that of the other",
+        "interval": "an interval that comes from the discordant images alone",
+        "p_value": "the exact two-sided probability for the discordant images",
+    },
+    "cost": {
+        "amortised": "training shared over all decisions, and the price of each",
+        "crossing": "the number of decisions at which two defences cost the same",
+        "edges": "always cheaper, never cheaper, and the same all along",
+    },
+    "route": {
+        "certified": "what is certified as far as asked gets its certified class",
+        "unproved": "what is not proved counts where the models agree, and goes to a person where they do not",
+        "guarantee": "the share that no attacker can move out of the certified lane",
+    },
+    "admissible": {
+        "floors": "floors are met by the lower bound of the interval, in a ball that covers the one needed",
+        "guarantee": "only certified claims count where a guarantee is required",
+        "latency": "what takes too long for an answer is out",
+    },
     "grader_prediction": {"complete": "a yes or no for each of the things a check cell may leave behind"},
     "grader_forgery": {
         "verdict": "evidence that says it succeeded, and is believed",

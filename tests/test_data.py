@@ -705,9 +705,9 @@ def test_the_real_jpeg_mirror_and_its_lossless_twins(cache: Path, monkeypatch: p
     assert set(names) == set(held_out_jpegs())
     halves = [load("cifar10-lossless-4k", split) for split in ("select", "report")]
     assert [len(half) for half in halves] == [2_000, 2_000]
-    images = [{image.numpy().tobytes() for image in half.x} for half in halves]
-    assert not images[0] & images[1]
-    assert images[0] | images[1] == {image.numpy().tobytes() for image in lossless.x}
+    selected, reported = ({image.numpy().tobytes() for image in half.x} for half in halves)
+    assert not selected & reported
+    assert selected | reported == {image.numpy().tobytes() for image in lossless.x}
     assert len(held_out_jpegs()) == 4_000
     assert [name.split("/")[1] for name in names] == [lossless.classes[label] for label in lossless.y]
     # The twins are the same pictures through JPEG: about 30 dB, far from any other picture.

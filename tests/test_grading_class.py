@@ -8,6 +8,7 @@ import json
 import os
 import pty
 import re
+import select
 import shutil
 import signal
 import subprocess
@@ -18,6 +19,7 @@ import time
 from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
+from typing import BinaryIO
 
 import nbformat
 import pytest
@@ -447,6 +449,14 @@ def screen(written: str) -> list[str]:
     return lines[:-1]
 
 
+def everything(shown: BinaryIO) -> str:
+    """What was written to the terminal so far: it may come in several pieces."""
+    pieces = []
+    while select.select([shown], [], [], 0.2)[0]:
+        pieces.append(shown.read(100_000))
+    return b"".join(pieces).decode()
+
+
 def test_the_table_is_redrawn_in_place_on_a_terminal(monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.setenv("LINES", "24")
@@ -457,9 +467,9 @@ def test_the_table_is_redrawn_in_place_on_a_terminal(monkeypatch):
             table.told("bob", small.LESSON, "s0_distance_check collected")
             table.draw()
             table.draw()
-            before = shown.read(100_000).decode()
+            before = everything(shown)
             table.finished("ada", small.LESSON, "ada: 4 of 7 points")
-        after = shown.read(100_000).decode()
+        after = everything(shown)
     lines = screen(before)
     assert re.fullmatch(r"student +lesson +exercise +elapsed", lines[0])
     assert re.fullmatch(rf"ada +{small.LESSON} +starting +0:0\d", lines[1])
