@@ -93,7 +93,7 @@ if [ $fresh = yes ]; then
 fi
 printf 'unfinished\n' >"$stamp"
 
-say "Setting up $VENV with Python $version: about 170 packages, once, in one to five minutes."
+say "Setting up $VENV with Python $version: about 220 packages, once, in one to five minutes."
 quiet='-q -q' # errors only, unless someone is there to watch the progress
 [ ! -t 1 ] || quiet=''
 install() {
@@ -105,7 +105,7 @@ install() {
 }
 # setuptools first and pinned like the rest: pip would otherwise fetch whichever is newest to build with.
 install setuptools
-install --no-build-isolation -e '.[course,peers,cluster,postgres,dev]'
+install --no-build-isolation -e '.[course,peers,cluster,postgres,serve,dev]'
 
 printf '%s\n' "$key" >"$stamp.new"
 mv -f "$stamp.new" "$stamp"
