@@ -1,0 +1,4 @@
+"""The production scenario: an image-classification API under attack (extra `serve`).
+
+Nothing outside this package imports it, except its commands in `robustkit.cli`, when they are called.
+"""

@@ -1,0 +1,29 @@
+"""State that outlives a process and is shared by replicas: one `MetaData`, SQLite by default, PostgreSQL by URL.
+
+Each module declares its own tables on `metadata`, beside the code that reads and writes them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import Engine, MetaData, create_engine, event
+
+metadata = MetaData()
+
+
+def open_store(url: str) -> Engine:
+    """An engine on which writers of several processes wait for each other instead of failing.
+
+    SQLite gets a write-ahead log, so that readers never wait, and five seconds of patience; PostgreSQL is asked
+    whether a pooled connection still lives before it is used.
+    """
+    engine = create_engine(url, pool_pre_ping=True)
+    if engine.dialect.name == "sqlite":
+
+        @event.listens_for(engine, "connect")
+        def prepare(connection: Any, record: Any) -> None:
+            for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "busy_timeout=5000", "foreign_keys=ON"):
+                connection.execute(f"PRAGMA {pragma}")
+
+    return engine
