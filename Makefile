@@ -51,8 +51,8 @@ mutate: setup ## grade every mutant of lessons 0 and 1; resumes where it stopped
 	$(RUN) for lesson in 00-start-here 01-mnist-fgsm; do python -m grading mutate $$lesson --jobs 2 || exit 1; done
 
 # A sample of the corpus is in `make test`; the whole takes about ten minutes.
-redteam: setup ## every hostile submission of tests/redteam, in every sandbox tier that works here
-	$(RUN) python -m pytest tests/redteam
+redteam: setup ## every hostile submission of tests/redteam, in every sandbox tier; writes docs/redteam.md
+	$(RUN) python -m pytest tests/redteam --table docs/redteam.md
 
 ZOO_ARGS ?=
 zoo: setup ## train, measure and ship the CIFAR-10 models on a GPU (ZOO_ARGS="--minutes 8": a chunk)

@@ -165,9 +165,14 @@ def tiers() -> list[str]:
         for one in CORPUS
     ],
 )
-def test_a_hostile_submission_gains_nothing(course, hostile, tier, tmp_path, monkeypatch):
+def test_a_hostile_submission_gains_nothing(course, hostile, tier, tmp_path, monkeypatch, record_property):
+    record_property("name", hostile.name)
+    record_property("attempts", hostile.attempts)
+    record_property("tier", tier)
+    record_property("points that are honest", hostile.points)
     before = {path: path.read_bytes() for path in (course.secret, course.gradebook, course.source(LESSON.id))}
     card, printed, hits = submit(course, hostile, tier, tmp_path, monkeypatch)
+    record_property("points", card.points)
     assert card.points == hostile.points, card
     assert "LEAK" not in printed, printed
     assert not hits

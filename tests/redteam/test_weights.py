@@ -87,7 +87,11 @@ SAMPLE = {"takes_the_weights_of_the_package", "looks_for_the_images_it_will_be_j
 @pytest.mark.parametrize(
     "name", [pytest.param(one, marks=() if one in SAMPLE else pytest.mark.redteam) for one in HOSTILE]
 )
-def test_fake_weights_earn_nothing(name, tmp_path, monkeypatch):
+def test_fake_weights_earn_nothing(name, tmp_path, monkeypatch, record_property):
+    record_property("name", name)
+    record_property("attempts", f"weights: {name.replace('_', ' ')}")
+    record_property("tier", sandbox.choose("auto"))
+    record_property("points that are honest", 0)
     monkeypatch.setenv("ROBUSTKIT_TIER", "smoke")
     source, code = HOSTILE[name]
     solution = notebooks.read_release(WORKSPACE.source(LESSON.id))
@@ -104,5 +108,6 @@ def test_fake_weights_earn_nothing(name, tmp_path, monkeypatch):
     )
     card = score(judge.judge(tmp_path / "evidence", DEMO_SECRET), {})
     exercise = next(one for one in card.exercises if one.id == EXERCISE)
+    record_property("points", exercise.points)
     assert exercise.points == 0, exercise
     assert code in (*exercise.codes, "")
