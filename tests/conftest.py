@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from sqlalchemy import Engine
 from torch import Tensor, nn
 
 from robustkit import cli, data
 from robustkit.device import seeded
+from tests import postgres
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -39,6 +41,30 @@ def run(capsys) -> Run:
         return status, streams.out, streams.err
 
     return command
+
+
+@pytest.fixture(scope="session")
+def postgres_url() -> Iterator[str]:
+    """One PostgreSQL server for all tests of this process."""
+    if postgres.PROGRAMS is None:
+        pytest.skip(postgres.MISSING)
+    with postgres.server() as url:
+        yield url
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def engine(request, tmp_path) -> Iterator[Engine]:
+    """The service's empty store, once on each database."""
+    from robustkit.serve.store import metadata, open_store
+
+    sqlite = request.param == "sqlite"
+    store = open_store(
+        f"sqlite:///{tmp_path}/store.db" if sqlite else request.getfixturevalue("postgres_url")
+    )
+    metadata.drop_all(store)
+    metadata.create_all(store)
+    yield store
+    store.dispose()
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import Engine, MetaData, create_engine, event
+from sqlalchemy import Connection, Engine, MetaData, Row, Table, create_engine, event, select
+from sqlalchemy.dialects import postgresql, sqlite
 
 metadata = MetaData()
 
@@ -27,3 +28,17 @@ def open_store(url: str) -> Engine:
                 connection.execute(f"PRAGMA {pragma}")
 
     return engine
+
+
+def insert(connection: Connection, table: Table) -> Any:
+    """An INSERT that can say what happens on a conflict: the same clause in both dialects."""
+    return (postgresql if connection.dialect.name == "postgresql" else sqlite).insert(table)
+
+
+def only_row(connection: Connection, table: Table, **first: Any) -> Row[Any]:
+    """The one row of `table`, made of `first` if there is none, and this transaction's alone until its end.
+
+    The INSERT comes before the SELECT because it is what takes SQLite's write lock.
+    """
+    connection.execute(insert(connection, table).values(**first).on_conflict_do_nothing())
+    return connection.execute(select(table).with_for_update()).one()

@@ -1,0 +1,98 @@
+"""Exact duplicates, answered from what was answered before.
+
+Phones retry and people tap twice: a detector that sees those repeats calls most of them an attack. An answer is
+found for the same account, the same pixels and the same model only, so nobody learns by timing or by a label
+what others have sent, and a new model answers anew. Repeats are counted apart from the queries that detectors see.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from sqlalchemy import (
+    BigInteger,
+    Column,
+    Engine,
+    Float,
+    Index,
+    String,
+    Table,
+    Text,
+    delete,
+    func,
+    select,
+    update,
+)
+
+from robustkit.serve.store import insert, metadata
+
+Image = NDArray[np.uint8]
+
+_answers = Table(
+    "answers",
+    metadata,
+    Column("account", String(128), primary_key=True),
+    Column("digest", String(64), primary_key=True),
+    Column("model", String(128), primary_key=True),
+    Column("answer", Text, nullable=False),
+    Column("at", Float(53), nullable=False),
+    Column("repeats", BigInteger, nullable=False),
+    Index("answers_by_age", "account", "at"),
+)
+
+
+def digest(image: Image) -> str:
+    """The content address of an image: sha256 of its shape and its pixels. Shapes: (h, w, c) uint8."""
+    named = hashlib.sha256(repr(image.shape).encode())
+    named.update(np.ascontiguousarray(image).data)
+    return named.hexdigest()
+
+
+class Answers:
+    """Answers by account, image and model: `lasting` seconds, at most `per_account` of an account, oldest out first."""
+
+    def __init__(self, engine: Engine, *, lasting: float = 3600, per_account: int = 256) -> None:
+        self._engine, self._lasting, self._per_account = engine, lasting, per_account
+
+    def get(self, account: str, digest: str, model: str, now: float) -> dict[str, Any] | None:
+        """What this account was told about this image by this model, if that is not too old; counted as a repeat."""
+        here = (_answers.c.account == account) & (_answers.c.digest == digest) & (_answers.c.model == model)
+        with self._engine.connect() as connection:
+            row = connection.execute(select(_answers.c.answer, _answers.c.at).where(here)).one_or_none()
+            if row is None or not abs(now - row.at) < self._lasting:
+                return None
+            connection.execute(update(_answers).where(here).values(repeats=_answers.c.repeats + 1))
+            connection.commit()
+        found: dict[str, Any] = json.loads(row.answer)
+        return found
+
+    def put(self, account: str, digest: str, model: str, answer: Mapping[str, Any], now: float) -> None:
+        """Keep an answer, and let go of the account's oldest beyond its share."""
+        mine = _answers.c.account == account
+        newest = select(_answers.c.at).where(mine).order_by(_answers.c.at.desc())
+        with self._engine.begin() as connection:
+            row = {"answer": json.dumps(answer), "at": now, "repeats": 0}
+            stored = insert(connection, _answers).values(account=account, digest=digest, model=model, **row)
+            connection.execute(
+                stored.on_conflict_do_update(index_elements=["account", "digest", "model"], set_=row)
+            )
+            oldest = newest.offset(self._per_account).limit(1).scalar_subquery()
+            connection.execute(delete(_answers).where(mine, _answers.c.at <= oldest))
+
+    def repeats(self, account: str) -> int:
+        """How many queries of this account were answered from here, of the answers still kept."""
+        with self._engine.connect() as connection:
+            total = connection.scalar(
+                select(func.sum(_answers.c.repeats)).where(_answers.c.account == account)
+            )
+        return int(total or 0)
+
+    def expire(self, now: float) -> int:
+        """Remove what is too old to answer with; how many."""
+        with self._engine.begin() as connection:
+            return connection.execute(delete(_answers).where(_answers.c.at <= now - self._lasting)).rowcount
