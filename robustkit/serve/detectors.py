@@ -290,5 +290,5 @@ class LowFrequency(_Stateful):
         down, across = _cosines(image.shape[0], self._SIDE), _cosines(image.shape[1], self._SIDE)
         low = np.einsum("uh,hwc,vw->uvc", down, image / 255, across, optimize=True).ravel()
         drawn = _generator(self._key, self.name).normal(size=(low.size, self._DIMENSIONS))
-        projected = low @ drawn / np.sqrt(self._DIMENSIONS * image.shape[2])
+        projected: NDArray[np.float64] = low @ drawn / np.sqrt(self._DIMENSIONS * image.shape[2])
         return projected.astype(np.float32)
