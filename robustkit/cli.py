@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from robustkit.evaluate import Runner
     from robustkit.leaderboard import Entry, Leaderboard, Standing
     from robustkit.results import Audit, Evaluation
+    from robustkit.serve.server import Running
     from robustkit.threat import Ball
     from robustkit.train import Run
 
@@ -342,6 +343,51 @@ def _leaderboard(options: argparse.Namespace) -> int:
             "were synthetic"
         )
     return 0
+
+
+def _serve(options: argparse.Namespace) -> int:
+    import torch
+
+    from robustkit.serve import logs, server
+    from robustkit.serve.settings import Settings
+
+    settings = Settings(
+        folder=options.folder,
+        model=options.model,
+        store=os.environ.get("ROBUSTKIT_STORE", ""),
+        host=options.host,
+        port=options.port,
+        admin_host=options.admin_host,
+        admin_port=options.admin_port,
+        workers=options.workers,
+        output=options.output,
+        mode=options.mode,
+        account_rate=options.account_rate,
+        address_rate=options.address_rate,
+        replicas=options.replicas,
+        settle_seconds=options.settle,
+        trusted_proxies=options.trusted_proxies,
+    )
+    torch.set_num_threads(1)  # the pool's threads share the processors
+    logs.to_stream()
+    server.serve(settings, lambda here: _announce(here, options))
+    return 0
+
+
+def _announce(here: Running, options: argparse.Namespace) -> None:
+    """Where the service listens, and where its credentials lie: never what they are."""
+    path = options.folder / "credentials.json"
+    if options.json:
+        record = {"type": "Service", "url": here.url, "admin_url": here.admin_url, "credentials": str(path)}
+        _print_json(record)
+    else:
+        print(
+            f"data plane     {here.url}\ncontrol plane  {here.admin_url}\ncredentials    {path}\n\n"
+            f'  KEY=$(python -c \'import json; print(json.load(open("{path}"))["api_key"])\')\n'
+            f'  curl -H "Authorization: Bearer $KEY" --data-binary @IMAGE.png {here.url}/v1/classify\n\n'
+            "Stop it with Ctrl-C or SIGTERM: what was accepted is answered first."
+        )
+    sys.stdout.flush()
 
 
 # --- what `evaluate`, `audit` and `certify` are given -----------------------------------------------------------
@@ -938,5 +984,54 @@ def _parser() -> argparse.ArgumentParser:
     )
     leaderboard.add_argument(
         "--write", type=Path, metavar="FILE", help="write that evaluation in RobustBench's JSON form"
+    )
+
+    serve = add(
+        "serve",
+        _serve,
+        "Serve a model over HTTP, guarded; the control plane listens on a port of its own.",
+        "robustkit serve cifar10-l2-w16 --folder service",
+    )
+    serve.add_argument("model", metavar="MODEL", help="a model of the kit, champion of a new folder")
+    serve.add_argument(
+        "--folder",
+        type=Path,
+        default=Path("service"),
+        help="credentials, registry and state (default service); ROBUSTKIT_STORE names a PostgreSQL instead of "
+        "the SQLite file in it",
+    )
+    for plane, port in (("", 8000), ("admin-", 8001)):
+        what = "control" if plane else "data"
+        serve.add_argument(f"--{plane}host", default="127.0.0.1", help=f"of the {what} plane (127.0.0.1)")
+        serve.add_argument(
+            f"--{plane}port", type=int, default=port, help=f"of the {what} plane ({port}; 0: any)"
+        )
+    serve.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="threads (processors)"
+    )
+    serve.add_argument(
+        "--output", default="label", metavar="POLICY", help="label (default), rounded, or full scores"
+    )
+    serve.add_argument(
+        "--mode", default="reject", help="what a flagged query meets: off, shadow, reject (default) or ban"
+    )
+    serve.add_argument(
+        "--account-rate", default="600/minute", metavar="RATE", help="of each key (600/minute)"
+    )
+    serve.add_argument(
+        "--address-rate", default="1200/minute", metavar="RATE", help="of each address (1200/minute)"
+    )
+    serve.add_argument(
+        "--replicas", type=int, default=1, metavar="N", help="how many share these rates (default 1)"
+    )
+    serve.add_argument(
+        "--settle",
+        type=float,
+        default=0,
+        metavar="SECONDS",
+        help="between SIGTERM and closing the port, for a balancer to notice (default 0)",
+    )
+    serve.add_argument(
+        "--trusted-proxies", default="", metavar="ADDRESSES", help="whose X-Forwarded-For is believed"
     )
     return parser
