@@ -121,7 +121,7 @@ def create_app(plane: Plane) -> FastAPI:
             seconds = time.monotonic() - started
             plane.metrics.requests.labels(str(status)).inc()
             plane.metrics.seconds.observe(seconds)
-            log("classify", status=status, ms=round(1000 * seconds, 2), **entry)
+            log("classify", {"status": status, "ms": round(1000 * seconds, 2), **entry})
 
     @app.get("/healthz")
     async def healthz() -> dict[str, str]:

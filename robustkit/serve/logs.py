@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from collections.abc import Mapping
 from typing import Any, TextIO
 
 NAME = "robustkit.serve"
@@ -32,7 +33,7 @@ def _place(trace: Any) -> str:
     return f"{trace.tb_frame.f_globals.get('__name__')}:{trace.tb_lineno}"
 
 
-def log(event: str, level: int = logging.INFO, **fields: Any) -> None:
+def log(event: str, fields: Mapping[str, Any], level: int = logging.INFO) -> None:
     """One line about `event`."""
     logger.log(level, event, extra={"fields": fields})
 

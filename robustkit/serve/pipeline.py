@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,42 +13,15 @@ from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
 from robustkit.serve import auth
+from robustkit.serve.cache import Answers, digest
 from robustkit.serve.decode import Pixels, decode
+from robustkit.serve.detectors import Detector
 from robustkit.serve.logs import log
 from robustkit.serve.metrics import Metrics
+from robustkit.serve.quarantine import Quarantine
 from robustkit.serve.refusal import Refused
 from robustkit.serve.routing import Router, averaged
 from robustkit.serve.settings import Settings
-
-
-class Verdict(Protocol):
-    """What a detector says."""
-
-    @property
-    def score(self) -> float: ...
-    @property
-    def flagged(self) -> bool: ...
-
-
-class Detector(Protocol):
-    """Watches what an account sends."""
-
-    name: str
-
-    def observe(self, account: str, image: Pixels, now: float) -> Verdict: ...
-
-
-class Answers(Protocol):
-    """Remembers what an account was told."""
-
-    def get(self, account: str, digest: str, model: str, now: float) -> dict[str, Any] | None: ...
-    def put(self, account: str, digest: str, model: str, answer: Mapping[str, Any], now: float) -> None: ...
-
-
-class Quarantine(Protocol):
-    """Keeps flagged images."""
-
-    def put(self, account: str, image: Pixels, reason: str, now: float) -> str | None: ...
 
 
 class Posture(Protocol):
@@ -92,9 +64,9 @@ class Pipeline:
         posture = self.posture(now)
         output = posture.output or self.settings.output
         models = self.router.choose(account, posture.serving)
-        digest = hashlib.sha256(image.tobytes()).hexdigest()
-        answered_by = ",".join(sorted(model.digest for _, model in models)) + f":{output}"
-        told = self.answers.get(account, digest, answered_by, now) if self.answers else None
+        name = digest(image)
+        answered_by = f"{models[0][1].digest if len(models) == 1 else 'ensemble'}:{output}"
+        told = self.answers.get(account, name, answered_by, now) if self.answers else None
         if told is not None:
             self.metrics.duplicates.inc()
             return told
@@ -103,7 +75,7 @@ class Pipeline:
         for alias, model in models:
             self.metrics.answers.labels(alias, model.digest[:12]).inc()
         if self.answers:
-            self.answers.put(account, digest, answered_by, told, now)
+            self.answers.put(account, name, answered_by, told, now)
         return told
 
     def _inspect(self, account: str, image: Pixels, mode: str, now: float) -> None:
@@ -118,7 +90,7 @@ class Pipeline:
             self.metrics.flags.labels(name).inc()
         total = auth.flag(self.engine, account, now)
         reason = ", ".join(f"{name} {verdict.score:.2f}" for name, verdict in flagged.items())
-        log("flagged", account=account, reason=reason, mode=mode, total=total)
+        log("flagged", {"account": account, "reason": reason, "mode": mode, "total": total})
         self._keep(account, image, reason, now)
         if mode == "ban" and total >= self.settings.ban_after:
             auth.ban(self.engine, account, now + self.settings.ban_seconds, now)
@@ -136,7 +108,7 @@ class Pipeline:
             kept = self.quarantine.put(account, image, reason, now)
         except (OSError, SQLAlchemyError):
             kept = None
-            log("an image was not kept", logging.ERROR, account=account)
+            log("an image was not kept", {"account": account}, logging.ERROR)
         if kept is None:
             self.metrics.lost.labels("quarantine").inc()
 

@@ -43,7 +43,7 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(SQLAlchemyError)
     async def no_store(request: Request, error: SQLAlchemyError) -> JSONResponse:
-        log("the store failed", logging.ERROR, error=type(error).__name__)
+        log("the store failed", {"error": type(error).__name__}, logging.ERROR)
         return problem(503, "the service's state is out of reach; come again.", retry_after=1)
 
     @app.exception_handler(RequestValidationError)

@@ -70,7 +70,7 @@ class Router:
         try:
             self._follow(self._registry.aliases())
         except SQLAlchemyError:
-            log("the registry is out of reach; its models go on", logging.WARNING)
+            log("the registry is out of reach; its models go on", {}, logging.WARNING)
         finally:
             self._read = time.monotonic()
             self._lock.release()
@@ -83,13 +83,8 @@ class Router:
                 try:
                     model = self._loaded[wanted.digest] = self._registry.load_digest(wanted.digest)
                 except RobustkitError as error:
-                    log(
-                        "a model was not loaded",
-                        logging.ERROR,
-                        alias=alias,
-                        model=wanted.digest,
-                        reason=str(error),
-                    )
+                    what = {"alias": alias, "model": wanted.digest, "reason": str(error)}
+                    log("a model was not loaded", what, logging.ERROR)
                     model = self._serving.get(alias) if alias != "canary" else None
             if model is not None:
                 serving[alias] = model

@@ -22,10 +22,13 @@ from robustkit.models import zoo
 from robustkit.serve import auth, signing
 from robustkit.serve.admin import create_admin
 from robustkit.serve.app import Plane, create_app
+from robustkit.serve.cache import Answers
+from robustkit.serve.detectors import Detector, Fingerprints, LowFrequency
 from robustkit.serve.logs import log
 from robustkit.serve.metrics import Metrics
 from robustkit.serve.pipeline import Pipeline
 from robustkit.serve.pool import Pool
+from robustkit.serve.quarantine import Quarantine
 from robustkit.serve.registry import Registry, bundle
 from robustkit.serve.routing import Router
 from robustkit.serve.settings import Credentials, Settings, credentials
@@ -65,12 +68,26 @@ def assemble(settings: Settings) -> Replica:
     _list_first_key(engine, pseudonyms, secrets.api_key, now)
     registry = _registry(settings, engine, now)
     accounts = auth.Accounts(engine, pseudonyms, settings.issuer)
-    pipeline = Pipeline(settings, engine, accounts, Router(registry), Metrics())
+    sealing = bytes.fromhex(secrets.quarantine)
+    pipeline = Pipeline(
+        settings,
+        engine,
+        accounts,
+        Router(registry),
+        Metrics(),
+        detectors=[_detector(name, engine, pseudonyms) for name in settings.detectors],
+        answers=Answers(engine) if settings.cache else None,
+        quarantine=Quarantine(engine, settings.folder / "quarantine", sealing),
+    )
     throttle = Throttle(settings.account_rate, settings.address_rate, settings.replicas)
     pool = Pool(settings.workers, settings.queue)
     plane = Plane(pipeline, accounts, throttle, pool, secrets.metrics)
     admin = create_admin(engine, registry, secrets.admin, pseudonyms)
     return Replica(settings, secrets, engine, registry, plane, create_app(plane), admin)
+
+
+def _detector(name: str, engine: Engine, key: bytes) -> Detector:
+    return (Fingerprints if name == Fingerprints.name else LowFrequency)(engine, key)
 
 
 def _list_first_key(engine: Engine, secret: bytes, key: str, now: float) -> None:
@@ -120,17 +137,21 @@ async def _serve(replica: Replica, listening: Listening, started: Callable[[Stop
     ]
     while not all(server.started for server in servers):
         await asyncio.sleep(0.01)
-    started(lambda: loop.call_soon_threadsafe(leave.set))
+
+    def stop() -> None:
+        loop.call_soon_threadsafe(leave.set)
+
+    started(stop)
     await leave.wait()
     replica.plane.draining = True
     replica.plane.metrics.draining.set(1)
-    log("draining", inside=replica.plane.pool.inside)
+    log("draining", {"inside": replica.plane.pool.inside})
     await asyncio.sleep(settings.settle_seconds)
     for server in servers:
         server.should_exit = True
     await asyncio.gather(*running)
     replica.close()
-    log("stopped")
+    log("stopped", {})
 
 
 def _config(settings: Settings, app: FastAPI) -> uvicorn.Config:
@@ -150,14 +171,19 @@ def _config(settings: Settings, app: FastAPI) -> uvicorn.Config:
 
 def _listen(host: str, port: int) -> socket.socket:
     """Raises: RobustkitError for a place where nobody can listen."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # The protocol is named: asyncio sets TCP_NODELAY on no other socket, and without it each answer waits 40 ms.
+    listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
-        return socket.create_server(
-            (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=2048
-        )
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind((host, port))
+        listening.listen(2048)
     except OSError as error:
+        listening.close()
         raise RobustkitError(
             f"{host}:{port} cannot be listened on ({error.strerror}); choose another with --host and --port."
         ) from error
+    return listening
 
 
 def _url(listening: socket.socket) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from robustkit.errors import RobustkitError
 from robustkit.serve.auth import Issuer
 
+DETECTORS = ("fingerprints", "low-frequency")
 OUTPUTS = ("label", "rounded", "full")
 MODES = ("off", "shadow", "reject", "ban")
 
@@ -34,7 +35,8 @@ class Settings:
     readers: int = 256  # bodies that are read at one time
     output: str = "label"
     mode: str = "reject"  # what a flagged query meets
-    detectors: tuple[str, ...] = ("fingerprints",)
+    detectors: tuple[str, ...] = DETECTORS
+    cache: bool = True  # exact duplicates are answered from what was answered before
     ban_after: int = 5  # flags, in mode ban
     ban_seconds: float = 3_600
     account_rate: str = "600/minute"
@@ -54,6 +56,10 @@ class Settings:
                 raise RobustkitError(
                     f"{name} {getattr(self, name)!r} is unknown; choose one of {', '.join(known)}."
                 )
+        if unknown := set(self.detectors) - set(DETECTORS):
+            raise RobustkitError(
+                f"detectors {sorted(unknown)} are unknown; choose of {', '.join(DETECTORS)}."
+            )
         least = {"workers": 1, "queue": 0, "readers": 1, "replicas": 1, "ban_after": 1, "most_bytes": 1}
         for name, bound in least.items():
             if getattr(self, name) < bound:

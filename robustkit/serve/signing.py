@@ -32,13 +32,13 @@ def make_keys(folder: Path) -> tuple[Path, Path]:
 
 def sign(model: Path, signature: Path, key: Path) -> None:
     """Sign every file in the folder `model`."""
-    signing.Config().use_elliptic_key_signer(private_key=key).sign(model, signature)
+    signing.Config().use_elliptic_key_signer(private_key=key).sign(model, signature)  # type: ignore[no-untyped-call]
 
 
 def verify(model: Path, signature: Path, key: Path) -> None:
     """Raises: RobustkitError unless the folder holds exactly what was signed with that key's other half."""
     try:
-        verifying.Config().use_elliptic_key_verifier(public_key=key).verify(model, signature)
+        verifying.Config().use_elliptic_key_verifier(public_key=key).verify(model, signature)  # type: ignore[no-untyped-call]
     # The library raises what its parts raise: of JSON, of base64, of the manifest, of cryptography.
     except Exception as error:
         raise RobustkitError(
