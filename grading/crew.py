@@ -52,16 +52,17 @@ def here(server: Server, jobs: int) -> Iterator[Crew]:
 def of_dask(client: Client, confinement: str) -> Iterator[Crew]:
     """A submission at a time for each thread of the cluster's workers. A dead worker's goes to another one.
 
-    The workers need this clone, not only the package: start them in its folder.
-    Raises: RobustkitError when one of them has none, or not the sandbox `confinement`.
+    Scheduler and workers need this clone, not only the package: `python -m dask`, in its folder, finds it.
+    Raises: RobustkitError when one of them has none, or a worker not the sandbox `confinement`.
     """
     try:
+        client.run_on_scheduler(sandbox.choose, sandbox.UNCONFINED)  # it reads the tasks, and runs none
         client.run(sandbox.choose, confinement)
         client.run(sandbox.sweep)
     except Exception as error:
         raise RobustkitError(
-            f"a worker cannot grade: {str(error).rstrip('.')}; start the workers in a clone of this repository, on "
-            "machines with a sandbox."
+            f"the cluster cannot grade: {str(error).rstrip('.')}; start `python -m dask scheduler` and `python -m dask "
+            "worker` in the folder of a clone of this repository, the workers on machines with a sandbox."
         ) from error
     listeners: dict[str, Told] = {}
 

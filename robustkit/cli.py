@@ -258,8 +258,8 @@ def _tls_certificates(options: argparse.Namespace) -> int:
         print(
             f"written: {certificate}, {key}\n\n"
             f"  TLS='--tls-ca-file {certificate} --tls-cert {certificate} --tls-key {key}'\n"
-            "  dask scheduler $TLS --host 127.0.0.1 --port 8786 --no-dashboard\n"
-            "  dask worker $TLS --nworkers 2 --nthreads 1 --no-dashboard tls://127.0.0.1:8786\n"
+            "  python -m dask scheduler $TLS --host 127.0.0.1 --port 8786 --no-dashboard\n"
+            "  python -m dask worker $TLS --nworkers 2 --nthreads 1 --no-dashboard tls://127.0.0.1:8786\n"
             "  robustkit evaluate $TLS --dask tls://127.0.0.1:8786 MODEL.safetensors --data mnist\n\n"
             "Whoever has the key can run code on every worker: keep it as you keep a password."
         )

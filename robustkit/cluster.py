@@ -85,7 +85,7 @@ def _check_workers(client: Client, address: str) -> None:
         client.wait_for_workers(1, timeout=PATIENCE)
     except TimeoutError as error:
         raise RobustkitError(
-            f"the scheduler at {address} has no worker; start some with `dask worker {address}`."
+            f"the scheduler at {address} has no worker; start some with `python -m dask worker {address}`."
         ) from error
     for worker, theirs in client.run(_versions).items():
         if theirs != _versions():

@@ -54,13 +54,13 @@ def dask(tmp_path_factory) -> Iterator[Cluster]:
 
     def start(name: str, *arguments: object) -> Path:
         log = folder / f"{name}.log"
-        command = [sys.executable, "-m", "distributed.cli.dask_" + name.partition("-")[0]]
+        command = [sys.executable, "-m", "dask", name.partition("-")[0]]
         with log.open("wb") as file:
             processes.append(
                 subprocess.Popen(
                     [*command, *map(str, [*tls, *arguments])],
-                    env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-                    cwd=folder,
+                    env=os.environ | {"OMP_NUM_THREADS": "1"},
+                    cwd=ROOT,  # `python -m` finds the clone in it
                     stdout=file,
                     stderr=file,
                 )

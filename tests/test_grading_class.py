@@ -390,7 +390,7 @@ def test_workers_grade_to_what_one_machine_does_although_one_is_killed(dask, rel
     found: list[grade.Graded] = []
     with ExitStack() as stack:
         client = stack.enter_context(cluster.connected(dask.address, **dask.files))
-        with pytest.raises(RobustkitError, match="a worker cannot grade: the sandbox 'docker' is unknown"):
+        with pytest.raises(RobustkitError, match="the cluster cannot grade: the sandbox 'docker' is unknown"):
             stack.enter_context(crew.of_dask(client, "docker"))
         workers = stack.enter_context(crew.of_dask(client, "none"))
         assert workers.size == 2
