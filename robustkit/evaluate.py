@@ -42,6 +42,7 @@ from robustkit.results import CLEAN, AttackRun, Evaluation, Hardware, Provenance
 from robustkit.threat import (
     KNOWLEDGE,
     Ball,
+    Patch,
     PerturbationSet,
     ThreatModel,
     check_batch,
@@ -368,6 +369,8 @@ def check_candidates(name: str, x: Tensor, candidates: Tensor, ball: Perturbatio
         if isinstance(ball, Ball):
             size = ball.size(candidates - x).max().item()
             reason = f"{ball.norm} distance {size:.4g}, allowed {ball.eps:.4g}; project with Ball.candidates."
+        elif isinstance(ball, Patch):
+            reason = f"pixels changed outside of one {ball}; change those of a single square."
         else:
             reason = (
                 "no transform of the lattice gives them; build them with RotationTranslation.transformed."

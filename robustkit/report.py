@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from robustkit.errors import RobustkitError
 from robustkit.files import write_atomically
 from robustkit.results import CLEAN, Evaluation, Interval, read_evaluation
-from robustkit.threat import Ball
+from robustkit.threat import Ball, Patch, RotationTranslation
 
 # Okabe & Ito 2008: told apart with any colour vision. Markers, lines and hatches say the same again.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -150,7 +150,7 @@ def _accuracy_figure(evaluations: list[Evaluation], labels: list[str]) -> str:
                 [row + offset for row in range(len(shares))],
                 [100 * share.share for share in shares],
                 height=0.38,
-                xerr=_whiskers(shares),
+                xerr=whiskers(shares),
                 label=name,
                 color=colour,
                 hatch=hatch,
@@ -183,7 +183,8 @@ def _curves(evaluations: list[Evaluation]) -> list[list[Curve]]:
     def comparable(one: Evaluation) -> tuple[str, ...]:
         threat = one.threat
         attacks = ",".join(run.name for run in one.attacks)
-        shifts = "" if isinstance(threat.ball, Ball) else str(threat.ball.pixels)  # eps is the angle alone
+        # eps is the angle alone
+        shifts = str(threat.ball.pixels) if isinstance(threat.ball, RotationTranslation) else ""
         return attacks, shifts, threat.knowledge, threat.goal, str(threat.queries), str(one.indices), one.tier
 
     sets = []
@@ -212,7 +213,7 @@ def _curve_figure(curves: list[Curve], norm: str) -> str:
             axes.errorbar(
                 [eps for eps, _ in points],
                 [100 * share.share for _, share in points],
-                yerr=_whiskers([share for _, share in points]),
+                yerr=whiskers([share for _, share in points]),
                 label=drawable(label),
                 color=PALETTE[i % len(PALETTE)],
                 marker=_MARKERS[i % len(_MARKERS)],
@@ -235,6 +236,8 @@ def _axis(evaluation: Evaluation) -> str:
     ball = evaluation.threat.ball
     if isinstance(ball, Ball):
         return f"{ball.norm} eps, input units; clean accuracy at 0"
+    if isinstance(ball, Patch):
+        return "side of the patch in pixels"
     return f"rotation in degrees, with shifts of up to {ball.pixels:g} pixels"
 
 
@@ -245,7 +248,7 @@ def _curve_points(evaluations: list[Evaluation]) -> list[tuple[float, Interval]]
     return clean + [(one.threat.ball.eps, one.robust) for one in evaluations]
 
 
-def _whiskers(shares: Sequence[Interval]) -> list[list[float]]:
+def whiskers(shares: Sequence[Interval]) -> list[list[float]]:
     """The distances from each share down and up to the ends of its interval, in per cent."""
     # The bounds of 0/n and n/n can lie past the share itself by one rounding.
     return [
@@ -349,11 +352,9 @@ def _labels(evaluations: list[Evaluation]) -> list[str]:
 
     def name(one: Evaluation) -> str:
         ball = one.threat.ball
-        size = (
-            f"eps {ball.eps:.4g}"
-            if isinstance(ball, Ball)
-            else f"{ball.degrees:g} degrees, {ball.pixels:g} pixels"
-        )
+        size = f"eps {ball.eps:.4g}" if isinstance(ball, Ball) else str(ball)
+        if isinstance(ball, RotationTranslation):
+            size = f"{ball.degrees:g} degrees, {ball.pixels:g} pixels"
         known = "" if one.threat.knowledge == "white-box" else f", {one.threat.knowledge}"
         return f"{one.model}, {size}{known}"
 

@@ -1,6 +1,6 @@
 """Threat models: what the attacker may do.
 
-All Lp geometry of the kit is in `Ball`, turning and shifting in `RotationTranslation`.
+All Lp geometry of the kit is in `Ball`, turning and shifting in `RotationTranslation`, squares in `Patch`.
 """
 
 from __future__ import annotations
@@ -270,7 +270,54 @@ class RotationTranslation:
     project = steepest = random = candidates = _no_ball
 
 
-PerturbationSet = Ball | RotationTranslation
+@dataclass(frozen=True)
+class Patch:
+    """Images in which one square of `side` pixels, anywhere, shows whatever the attacker likes.
+
+    Source: Brown et al. 2017 (arXiv 1712.09665), without their invariance to place, size and turn: it need
+    fool the model on one image alone.
+    Units: `norm` is "patch" and `eps`, the size to plot, is `side`. Shapes: images (n, channels, height, width).
+    Raises: RobustkitError for a side below 1, and where a method is asked for that only an Lp ball has.
+    """
+
+    side: int
+
+    def __post_init__(self) -> None:
+        if self.side < 1:
+            raise RobustkitError(f"a patch has a side of at least 1 pixel; got {self.side}.")
+
+    def __str__(self) -> str:
+        return f"patch of {self.side} x {self.side} pixels"
+
+    @property
+    def norm(self) -> str:
+        return "patch"
+
+    @property
+    def eps(self) -> float:
+        return float(self.side)
+
+    def contains(self, x: Tensor, candidate: Tensor) -> Tensor:
+        """Whether all pixels that changed lie in one such square. Shapes: (n, c, h, w) twice -> bool (n,)."""
+        import torch
+
+        changed = (candidate - x).abs().amax(1) > TOLERANCE["Linf"]
+        inside = torch.ones(len(x), dtype=torch.bool, device=x.device)
+        for axis in (1, 2):
+            line = changed.any(axis)
+            place = torch.arange(line.shape[1], device=x.device)
+            first = torch.where(line, place, line.shape[1]).amin(1)
+            last = torch.where(line, place, -1).amax(1)
+            inside &= last - first < self.side
+        return inside
+
+    def _no_ball(self, *_: object) -> NoReturn:
+        raise RobustkitError(f"{self} is no Lp ball, which this attack needs; use patch_pgd, or a Ball.")
+
+    project = steepest = random = candidates = _no_ball
+
+
+PerturbationSet = Ball | RotationTranslation | Patch
 
 
 @dataclass(frozen=True)

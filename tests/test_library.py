@@ -19,13 +19,23 @@ from art.utils import random_sphere
 from pyautoattack import AutoAttack
 from torch import nn
 
-from robustkit.attacks import Attack, fgsm, noise, pgd, spatial_grid, spatial_random, square, transfer
+from robustkit.attacks import (
+    Attack,
+    fgsm,
+    noise,
+    patch_pgd,
+    pgd,
+    spatial_grid,
+    spatial_random,
+    square,
+    transfer,
+)
 from robustkit.attacks import library as peers
 from robustkit.attacks.library import AUTOATTACK_PARTS, LIBRARY
 from robustkit.device import Prepared, seeded
 from robustkit.errors import RobustkitError
 from robustkit.evaluate import find_attacks
-from robustkit.threat import Ball, RotationTranslation
+from robustkit.threat import Ball, Patch, RotationTranslation
 
 
 def trained(classes: int = 10, n: int = 12) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
@@ -245,6 +255,7 @@ OURS: dict[str, tuple[Attack, Any]] = {
     "transfer": (transfer(SURROGATE, pgd), Ball("Linf", 0.1)),
     "spatial-random": (spatial_random, RotationTranslation(30, 2)),
     "spatial-grid": (spatial_grid, RotationTranslation(30, 2)),
+    "patch": (partial(patch_pgd, steps=3), Patch(3)),
 }
 EVERY = PEERS | OURS
 each_attack = pytest.mark.parametrize(("attack", "ball"), EVERY.values(), ids=EVERY)
@@ -377,7 +388,9 @@ def test_bad_batches_are_refused_in_a_sentence(small, attack, ball):
         with pytest.raises(RobustkitError):
             attack(model, images, labels, ball, generator=seeded(0))
     other = Ball("Linf", 0.1) if isinstance(ball, RotationTranslation) else RotationTranslation(30, 2)
-    with pytest.raises(RobustkitError, match=r"no Lp ball|no rotation-translation form|needs a Rotation"):
+    with pytest.raises(
+        RobustkitError, match=r"no Lp ball|no rotation-translation form|needs a Rotation|needs a Patch"
+    ):
         attack(model, x, y, other, generator=seeded(0))
 
 

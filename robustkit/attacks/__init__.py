@@ -20,7 +20,8 @@ from robustkit.device import Model
 class Attack(Protocol):
     """What `evaluate` and the adversarial-training losses call.
 
-    `ball` is a `Ball` for most, a `RotationTranslation` for the spatial ones; each refuses the other's.
+    `ball` is a `Ball` for most, a `RotationTranslation` for the spatial ones, a `Patch` for `patch_pgd`; each
+    refuses the others'.
     """
 
     def __call__(
@@ -31,6 +32,7 @@ class Attack(Protocol):
 from robustkit.attacks.apgd import apgd, apgd_targeted  # noqa: E402
 from robustkit.attacks.fgsm import fgsm, rs_fgsm  # noqa: E402
 from robustkit.attacks.noise import noise  # noqa: E402
+from robustkit.attacks.patch import patch_pgd  # noqa: E402
 from robustkit.attacks.pgd import early_stopped_pgd, pgd  # noqa: E402
 from robustkit.attacks.spatial import spatial_grid, spatial_random  # noqa: E402
 from robustkit.attacks.square import square  # noqa: E402
@@ -43,6 +45,7 @@ __all__ = [
     "early_stopped_pgd",
     "fgsm",
     "noise",
+    "patch_pgd",
     "pgd",
     "rs_fgsm",
     "spatial_grid",
