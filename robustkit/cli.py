@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from robustkit.leaderboard import Entry, Leaderboard, Standing
     from robustkit.results import Audit, Evaluation
     from robustkit.serve.server import Running
+    from robustkit.serve.triage import Triage
     from robustkit.threat import Ball
     from robustkit.train import Run
 
@@ -312,6 +313,25 @@ def _report(options: argparse.Namespace) -> int:
         for one in certifications:
             print(f"{one.model}: certified, {one.smoothing}: {_curve_line(one.rows)}")
         print(f"written: {options.out}")
+    return 0
+
+
+def _triage(options: argparse.Namespace) -> int:
+    from robustkit import report
+    from robustkit.models import zoo
+    from robustkit.serve import page, triage
+    from robustkit.threat import Ball
+
+    trained = [] if options.model is None else [Ball(**zoo.card(options.model)["ball"])]
+    if options.report:
+        _check_writable(options.report)
+    found = triage.triage(triage.read_stream(options.folder), trained)
+    if options.report:
+        report.write(report.render([], "Incident report", page.sections([], found)), options.report)
+    if options.json:
+        _print_json(found.record())
+    else:
+        print(_triage_text(found))
     return 0
 
 
@@ -695,6 +715,29 @@ def _audit_text(audit: Audit, out: Path) -> str:
     )
 
 
+def _triage_text(found: Triage) -> str:
+    rows = [
+        [
+            *(group.account[:12], group.family, f"{group.votes.k}/{group.votes.n}", str(group.queries)),
+            *(f"{group.typical.l2:.2f}", f"{group.typical.linf:.2f}", f"{group.typical.degrees:+.0f}"),
+            {None: "?", True: "yes", False: "no"}[group.outside],
+        ]
+        for group in found.groups
+    ]
+    head = ["account", "family", "votes", "queries", "L2", "L-inf", "degrees", "outside"]
+    share = found.share(found.family)
+    lines = [f"{found.looked_at} of {found.held} quarantined inputs, in {len(found.groups)} groups"]
+    lines += ["", *_columns(head, rows), ""]
+    if share is None:
+        return "\n".join(
+            [*lines, "no attack that triage can name: new pictures, repeated ones, or unseen originals"]
+        )
+    lines.append(f"family: {found.family}, {share} of the groups that are attacks")
+    trained = ", ".join(found.trained) or "not named; give --model"
+    outside = "cannot be said" if found.outside is None else str(found.outside)
+    return "\n".join([*lines, f"outside the trained threat models ({trained}): {outside}"])
+
+
 def _diagnosis_text(diagnosis: Diagnosis) -> str:
     versions = [[name, version or "not installed"] for name, version in diagnosis.versions.items()]
     minutes = [
@@ -959,6 +1002,18 @@ def _parser() -> argparse.ArgumentParser:
         "-o", "--out", type=Path, default=Path("report.html"), metavar="FILE", help="default report.html"
     )
     report.add_argument("--title", default="Robustness report", help="heading of the page")
+
+    triage = add(
+        "triage",
+        _triage,
+        "Name the family of attack in a recorded quarantine, and whether the model was trained for it.",
+        "robustkit triage incident-7 --model mnist-pgd --report incident.html",
+    )
+    triage.add_argument("folder", type=Path, metavar="FOLDER", help="a recorded stream: stream.npz")
+    triage.add_argument(
+        "--model", metavar="NAME", help="model of the kit that was attacked, for its threat model"
+    )
+    triage.add_argument("--report", type=Path, metavar="FILE", help="write the page as well")
 
     leaderboard = add(
         "leaderboard",

@@ -37,6 +37,7 @@ COMMANDS = (
     "tls-certificates",
     "report",
     "leaderboard",
+    "triage",
 )
 
 

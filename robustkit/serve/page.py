@@ -94,7 +94,7 @@ def _states_figure(events: Sequence[Event]) -> str:
                 color=report.PALETTE[1],
                 linestyle="--",
                 linewidth=3,
-                label="ensemble answers, at the longest" if number == 0 else None,
+                label="ensemble answers, at the longest" if number == 0 else "",
             )
         axes.set_yticks(range(len(_STATES)), [state.value for state in _STATES])
         axes.set_ylim(-0.3, len(_STATES) - 0.5)
@@ -122,8 +122,8 @@ def _triage(found: Triage) -> str:
         *("high frequencies", "window", "turned", "shifted", "explained", "outside"),
     )
     lead = (
-        f"<p>{found.looked_at} of {found.held} quarantined inputs, in {len(found.groups)} groups of one account and one "
-        f"image. Most attacks are <strong>{escape(found.family)}</strong>: "
+        f"<p>{found.looked_at} of {found.held} quarantined inputs, in {len(found.groups)} groups of one account and "
+        f"one image. Most attacks are <strong>{escape(found.family)}</strong>: "
         f"{escape(_share(found.share(found.family)))} of the groups that are attacks. Outside the trained threat "
         f"models ({escape(trained)}): {escape(_share(found.outside))}.</p>\n"
     )

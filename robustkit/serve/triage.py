@@ -25,6 +25,7 @@ from torch import Tensor
 from robustkit.errors import RobustkitError
 from robustkit.files import write_atomically
 from robustkit.results import Interval
+from robustkit.serve.quarantine import Quarantine
 from robustkit.threat import Patch, PerturbationSet, RotationTranslation
 
 LP, PATCH, SPATIAL, SEQUENCE = "lp", "patch", "rotation-translation", "query sequence"
@@ -34,7 +35,7 @@ FAMILIES = (*ATTACKS, REPEATED, UNRELATED)
 
 MOST_HELD, MOST_BENIGN = 256, 1000  # inputs and benign queries that are laid beside each other
 _MOST_BYTES = 1 << 30
-_CANDIDATES = 3  # references looked at closely: so many in each norm, so many turned and shifted
+_NEAREST, _TURNED = 2, 8  # references looked at closely: so many in each norm, so many turned and shifted
 
 # Where one family ends. Set on training images; what they are worth on others, scripts/bench_triage.py says.
 GREY = 1.5 / 255  # two roundings to whole grey levels, and half of one for the decoder
@@ -106,6 +107,28 @@ def read_stream(folder: Path) -> Stream:
         raise RobustkitError(f"{path} is no recorded stream ({error}); {remedy}.") from error
 
 
+def collected(quarantine: Quarantine, benign: Sequence[np.ndarray[Any, Any]], *, since: float = 0) -> Stream:
+    """What lies in quarantine, behind benign images to compare it with: a probe set, or queries let through.
+
+    Shapes: benign (height, width, channels) uint8 each, of the size of the model's input.
+    Raises: RobustkitError when there is nothing on one of the two sides, and for sizes that differ.
+    """
+    items = quarantine.items(since=since)
+    images = [*benign, *(quarantine.read(item.digest) for item in items)]
+    if not items or not len(benign) or len({image.shape for image in images}) > 1:
+        raise RobustkitError(
+            f"triage needs quarantined and benign images of one shape; got {len(items)} and {len(benign)}, of "
+            f"{sorted({image.shape for image in images})}."
+        )
+    first = items[0].at
+    return Stream(
+        np.stack(images),
+        np.array([*[""] * len(benign), *(item.account for item in items)]),
+        np.array([*[first] * len(benign), *(item.at for item in items)]),
+        np.arange(len(images)) >= len(benign),
+    )
+
+
 @dataclass(frozen=True)
 class Measures:
     """How an input differs from the query that explains it best, its reference.
@@ -148,7 +171,8 @@ def family_of(measures: Measures) -> str:
 class Group:
     """The inputs of one account about one reference: one attack, as far as we can see, or one user.
 
-    `family` is that of most of its inputs, `votes` how many of them; `queries` different inputs were sent;
+    `family` is that of most of its inputs, `votes` how many of them; of the account's inputs in quarantine,
+    `queries` are different from each other, looked at or not;
     `step` is the median L2 distance from one to the next, over the median distance to the reference: small
     where somebody searches. `outside` is whether most of its inputs lie in no trained threat model; None where
     that cannot be said.
@@ -228,7 +252,6 @@ def triage(stream: Stream, trained: Sequence[PerturbationSet] = ()) -> Triage:
         raise RobustkitError("nothing of this stream is in quarantine; triage needs at least one held input.")
     rows = _spread(stream)
     measured = measure(stream, rows)
-    images = pixels(stream.images)
     groups: dict[tuple[str, int], list[int]] = {}
     for i, row in enumerate(rows):
         # What nothing explains belongs to its account alone.
@@ -236,7 +259,7 @@ def triage(stream: Stream, trained: Sequence[PerturbationSet] = ()) -> Triage:
         groups.setdefault((str(stream.account[row]), reference), []).append(i)
     found = [
         _group(
-            account, reference, [rows[i] for i in members], [measured[i] for i in members], images, trained
+            account, reference, [rows[i] for i in members], [measured[i] for i in members], stream, trained
         )
         for (account, reference), members in groups.items()
     ]
@@ -271,13 +294,15 @@ def _group(
     reference: int,
     rows: list[int],
     measured: list[Measures],
-    images: Tensor,
+    stream: Stream,
     trained: Sequence[PerturbationSet],
 ) -> Group:
     (family, votes), *_ = Counter(family_of(one) for one in measured).most_common(1)
-    queries = len({images[row].numpy().tobytes() for row in rows})
+    images = pixels(stream.images[rows])
+    own = np.flatnonzero(stream.held & (stream.account == account)).tolist()
+    queries = len({stream.images[row].tobytes() for row in own})
     residual = np.median([one.l2 for one in measured])
-    steps = [float((images[b] - images[a]).norm()) for a, b in itertools.pairwise(rows)]
+    steps = [float((b - a).norm()) for a, b in itertools.pairwise(images)]
     if family == LP and queries >= SEQUENCE_LENGTH:
         family = SEQUENCE
     typical = min(measured, key=lambda one: abs(one.l2 - residual))
@@ -356,13 +381,17 @@ def _measures(
     else:
         best = int(left.argmin())
     apart = _apart(references, best, plain)
-    ratio = bound = 0.0  # without anything else to compare with, the only reference is the best
+    # Where all candidates are one picture, seen again and again, that is what explains it; one alone says nothing.
+    ratio = bound = 0.0 if len(positions) > 1 else 1.0
     if apart.any():
         ratio = math.sqrt(float(left[best]) / max(float(left[apart].min()), 1e-12))
         bound = float(largest[best]) / max(float(largest[apart].min()), 1e-12)
     explained = 1 - float(registered[best]) / max(float(plain[best]), 1e-12)
-    shape = (*_shape(residuals[best]), float(windows[best]))
-    return Measures(positions[best], *shape, *transforms[best].tolist(), explained, ratio, bound)
+    degrees, right, down = transforms[best].tolist()
+    window = float(windows[best])
+    return Measures(
+        positions[best], *_shape(residuals[best]), window, degrees, right, down, explained, ratio, bound
+    )
 
 
 def _apart(references: Tensor, best: int, plain: Tensor) -> Tensor:
@@ -381,8 +410,7 @@ def _different(stream: Stream) -> list[int]:
 
 
 def _candidates(inputs: Tensor, benign: Tensor) -> Tensor:
-    """For each input the benign images nearest to it, in three norms and turned. Shapes: -> (n, up to 12)."""
-    few = min(_CANDIDATES, len(benign))
+    """For each input the benign images nearest to it, in three norms and turned. Shapes: -> (n, up to 14)."""
     # A patch is large in few places, noise small in all: each norm overlooks something else.
     each = [torch.cdist(inputs.flatten(1), benign.flatten(1), p=p) for p in (1.0, 2.0, math.inf)]
     small, turned = _thumbnails(inputs), _thumbnails(benign)
@@ -394,7 +422,8 @@ def _candidates(inputs: Tensor, benign: Tensor) -> Tensor:
         grown = threat.transformed(part.repeat_interleave(len(lattice), 0), lattice.repeat(len(part), 1))
         apart = torch.cdist(small.flatten(1), grown.flatten(1))
         distances[:, start : start + 64] = apart.view(len(inputs), len(part), -1).amin(2)
-    return torch.cat([one.topk(few, largest=False).indices for one in (*each, distances)], 1)
+    looked_at = [(one, _NEAREST) for one in each] + [(distances, _TURNED)]
+    return torch.cat([one.topk(min(few, len(benign)), largest=False).indices for one, few in looked_at], 1)
 
 
 def _thumbnails(images: Tensor) -> Tensor:
