@@ -29,7 +29,7 @@ def png(pixels: np.ndarray) -> bytes:
 
 def settings(folder: Path, **changes: object) -> Settings:
     """A small model on free ports, without limits that a test would run into by accident."""
-    usual = {"model": "mnist-clean", "port": 0, "admin_port": 0, "workers": 2, **OPEN}
+    usual = {"model": "mnist-clean", "port": 0, "admin_port": 0, "workers": 2, "refresh_seconds": 0.1, **OPEN}
     return Settings(folder, **(usual | changes))
 
 

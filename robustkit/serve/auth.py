@@ -30,7 +30,6 @@ accounts = Table(
 )
 
 _PREFIX = "rk_"
-_FRESH = 1.0  # seconds for which this process believes what it read about an account
 _MOST_KNOWN = 10_000
 
 _UNKNOWN = "no valid credential came with the request; send Authorization: Bearer and a key of this service."
@@ -115,9 +114,12 @@ class Identity:
 
 
 class Accounts:
-    """Credentials to accounts. What the store says of one is believed for a second: it is not asked each time."""
+    """Credentials to accounts. What the store says of one is believed for so many seconds."""
 
-    def __init__(self, engine: Engine, secret: bytes, issuer: Issuer | None = None) -> None:
+    def __init__(
+        self, engine: Engine, secret: bytes, issuer: Issuer | None = None, *, believed: float = 1.0
+    ) -> None:
+        self._believed = believed
         self._engine = engine
         self._secret = secret
         self._issuer = issuer
@@ -133,7 +135,7 @@ class Accounts:
     def is_fresh(self, identity: Identity) -> bool:
         """Whether `check` will answer without asking the store."""
         read, _ = self._known.get(identity.account, (-math.inf, None))
-        return time.monotonic() - read < _FRESH
+        return time.monotonic() - read < self._believed
 
     def check(self, identity: Identity, now: float) -> None:
         """Raises: Refused, 401 for an account that is unknown or revoked, 403 for one that is banned."""

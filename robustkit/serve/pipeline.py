@@ -5,43 +5,24 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
-from robustkit.serve import auth
+from robustkit.serve import auth, events
 from robustkit.serve.cache import Answers, digest
 from robustkit.serve.decode import Pixels, decode
 from robustkit.serve.detectors import Detector
+from robustkit.serve.incident import Posture
 from robustkit.serve.logs import log
 from robustkit.serve.metrics import Metrics
 from robustkit.serve.quarantine import Quarantine
 from robustkit.serve.refusal import Refused
-from robustkit.serve.routing import Router, averaged
+from robustkit.serve.routing import Chosen, Router
 from robustkit.serve.settings import Settings
-
-
-class Posture(Protocol):
-    """What the incident machine says; None leaves a policy as it is configured."""
-
-    @property
-    def serving(self) -> str: ...
-    @property
-    def output(self) -> str | None: ...
-    @property
-    def mode(self) -> str | None: ...
-
-
-@dataclass(frozen=True)
-class Calm:
-    """The posture where nobody watches for incidents."""
-
-    serving: str = "champion"
-    output: str | None = None
-    mode: str | None = None
 
 
 @dataclass(frozen=True)
@@ -53,37 +34,38 @@ class Pipeline:
     accounts: auth.Accounts
     router: Router
     metrics: Metrics
+    posture: Callable[[float], Posture]
     detectors: Sequence[Detector] = ()
     answers: Answers | None = None
     quarantine: Quarantine | None = None
-    posture: Callable[[float], Posture] = lambda now: Calm()
 
     def answer(self, account: str, body: bytes, now: float) -> dict[str, Any]:
         """Label, index and, by the output policy, scores. Raises: Refused; what the store raises."""
         image = decode(body, self.router.champion.shape, most_pixels=self.settings.most_pixels)
         posture = self.posture(now)
         output = posture.output or self.settings.output
-        models = self.router.choose(account, posture.serving)
+        chosen = self.router.choose(account, posture.serving, now)
         name = digest(image)
-        answered_by = f"{models[0][1].digest if len(models) == 1 else 'ensemble'}:{output}"
-        told = self.answers.get(account, name, answered_by, now) if self.answers else None
+        asked = f"{chosen[0][1].digest if len(chosen) == 1 else 'ensemble'}:{output}"
+        told = self.answers.get(account, name, asked, now) if self.answers else None
         if told is not None:
             self.metrics.duplicates.inc()
             return told
-        self._inspect(account, image, posture.mode or self.settings.mode, now)
-        told = spoken(averaged(models, image), models[0][1].labels, output)
-        for alias, model in models:
-            self.metrics.answers.labels(alias, model.digest[:12]).inc()
-        if self.answers:
-            self.answers.put(account, name, answered_by, told, now)
+        self._inspect(account, image, posture.mode or self.settings.mode, chosen, now)
+        model, scores = self.router.scores(chosen, image)
+        told = spoken(scores, chosen[0][1].labels, output)
+        self.metrics.answers.labels(chosen[0][0], model[:12]).inc()
+        if self.answers and asked.startswith(model):  # not what a substitute said for a model that failed
+            self.answers.put(account, name, asked, told, now)
         return told
 
-    def _inspect(self, account: str, image: Pixels, mode: str, now: float) -> None:
+    def _inspect(self, account: str, image: Pixels, mode: str, chosen: list[Chosen], now: float) -> None:
         """Ask the detectors; what a flag leads to is the mode's. Raises: Refused, 403."""
         if mode == "off":
             return
         verdicts = {detector.name: detector.observe(account, image, now) for detector in self.detectors}
         flagged = {name: verdict for name, verdict in verdicts.items() if verdict.flagged}
+        self.router.flagged(chosen, bool(flagged))
         if not flagged:
             return
         for name in flagged:
@@ -93,12 +75,18 @@ class Pipeline:
         log("flagged", {"account": account, "reason": reason, "mode": mode, "total": total})
         self._keep(account, image, reason, now)
         if mode == "ban" and total >= self.settings.ban_after:
-            auth.ban(self.engine, account, now + self.settings.ban_seconds, now)
-            self.accounts.forget(account)
-            self.metrics.bans.inc()
+            self._ban(account, reason, now)
         if mode in ("reject", "ban"):
             self.metrics.rejected.inc()
             raise Refused(403, "rejected")
+
+    def _ban(self, account: str, reason: str, now: float) -> None:
+        until = now + self.settings.ban_seconds
+        auth.ban(self.engine, account, until, now)
+        self.accounts.forget(account)
+        self.metrics.bans.inc()
+        body = {"account": account, "until": until, "reason": reason}
+        events.append(self.engine, "account.banned", body, actor="service", now=now)
 
     def _keep(self, account: str, image: Pixels, reason: str, now: float) -> None:
         """Quarantine a flagged image. A disk that is full costs the copy, not the answer."""

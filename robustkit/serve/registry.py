@@ -34,7 +34,7 @@ from robustkit import models
 from robustkit.data import CIFAR10_CLASSES, DIGIT_CLASSES
 from robustkit.errors import RobustkitError
 from robustkit.models import zoo
-from robustkit.serve import signing
+from robustkit.serve import events, signing
 from robustkit.serve.decode import Pixels
 from robustkit.serve.store import metadata
 
@@ -110,7 +110,7 @@ class Registry:
         self._verify_key = verify_key
         folder.mkdir(parents=True, exist_ok=True)
 
-    def register(self, bundle: Path, now: float) -> str:
+    def register(self, bundle: Path, *, actor: str, now: float) -> str:
         """Take over a signed folder with one card and its weights; the digest under which the model is known.
 
         What is checked is the copy that stays. Raises: RobustkitError for a signature that does not fit, a card
@@ -129,9 +129,10 @@ class Registry:
             with suppress(OSError):  # it is registered already, by this or another replica
                 _signature(copy).replace(_signature(self._folder / model.digest))
                 copy.replace(self._folder / model.digest)
+        row = {"digest": model.digest, "name": model.name}
         with suppress(IntegrityError), self._engine.begin() as connection:
-            row = {"digest": model.digest, "name": model.name, "registered": now}
-            connection.execute(insert(registered).values(row))
+            connection.execute(insert(registered).values(**row, registered=now))
+            events.append_within(connection, "model.registered", row, actor=actor, now=now)
         return model.digest
 
     def load(self, alias: str) -> Served:
@@ -169,7 +170,9 @@ class Registry:
             rows = connection.execute(select(aliases)).all()
         return {row.alias: Alias(row.digest, row.percent) for row in rows}
 
-    def assign(self, alias: str, digest: str, now: float, percent: int = 100) -> None:
+    def assign(
+        self, alias: str, digest: str, *, reason: str, actor: str, now: float, percent: int = 100
+    ) -> None:
         """Let `alias` name a model; `percent` is the share of accounts that a canary answers.
 
         Raises: RobustkitError for an unknown alias or model, a share outside 1 to 100, or a model that does not load.
@@ -182,35 +185,57 @@ class Registry:
             raise RobustkitError(f"model {digest[:12]} is not registered; register it first.")
         self.load_digest(digest)
         with self._engine.begin() as connection:
+            body = {"alias": alias, "model": digest, "percent": percent, "reason": reason}
+            events.append_within(connection, "model.assigned", body, actor=actor, now=now)
             _assign(connection, alias, digest, now, percent)
 
-    def promote(self, now: float) -> None:
-        """The canary becomes champion, the champion last-good. Raises: RobustkitError without a canary."""
+    def promote(self, *, reason: str, actor: str, now: float) -> str:
+        """The canary becomes champion, the champion last-good; the new champion.
+
+        Raises: RobustkitError without a canary, or for one that does not load.
+        """
         named = self.aliases()
         if "canary" not in named:
             raise RobustkitError("there is no canary to promote; name one first.")
-        self.load_digest(named["canary"].digest)
+        new, old = named["canary"].digest, named["champion"].digest
+        self.load_digest(new)
         with self._engine.begin() as connection:
-            _assign(connection, "last-good", named["champion"].digest, now, 100)
-            _assign(connection, "champion", named["canary"].digest, now, 100)
-            connection.execute(delete(aliases).where(aliases.c.alias == "canary"))
+            body = {"model": new, "before": old, "reason": reason}
+            events.append_within(connection, "model.promoted", body, actor=actor, now=now)
+            if not _removed(connection, "canary", new):
+                raise RobustkitError("somebody else has just moved the canary; look again.")
+            _assign(connection, "last-good", old, now)
+            _assign(connection, "champion", new, now)
+        return new
 
-    def rollback(self, now: float) -> str:
+    def rollback(self, *, reason: str, actor: str, now: float) -> str:
         """Take back the canary, or without one let last-good be champion again; the digest that was taken back.
 
         Raises: RobustkitError when there is neither.
         """
         named = self.aliases()
-        if "canary" in named:
-            with self._engine.begin() as connection:
-                connection.execute(delete(aliases).where(aliases.c.alias == "canary"))
-            return named["canary"].digest
-        if "last-good" not in named or named["last-good"].digest == named["champion"].digest:
+        alias = "canary" if "canary" in named else "champion"
+        digest = named[alias].digest
+        if not self.take_back(alias, digest, reason=reason, actor=actor, now=now):
             raise RobustkitError("there is no canary and no other model that was good; promote one first.")
-        self.load_digest(named["last-good"].digest)
+        return digest
+
+    def take_back(self, alias: str, digest: str, *, reason: str, actor: str, now: float) -> bool:
+        """Undo a canary, or a promotion, if `alias` still names that model: of several replicas one does it."""
+        good = self.aliases().get("last-good")
+        if alias == "champion" and (good is None or good.digest == digest):
+            return False
+        if alias == "champion" and good is not None:
+            self.load_digest(good.digest)
         with self._engine.begin() as connection:
-            _assign(connection, "champion", named["last-good"].digest, now, 100)
-        return named["champion"].digest
+            body = {"alias": alias, "model": digest, "reason": reason}
+            events.append_within(connection, "model.rolled-back", body, actor=actor, now=now)
+            if not _removed(connection, alias, digest):
+                connection.rollback()
+                return False
+            if alias == "champion" and good is not None:
+                _assign(connection, "champion", good.digest, now)
+        return True
 
 
 @dataclass(frozen=True)
@@ -221,9 +246,14 @@ class Alias:
     percent: int
 
 
-def _assign(connection: Connection, alias: str, digest: str, now: float, percent: int) -> None:
+def _assign(connection: Connection, alias: str, digest: str, now: float, percent: int = 100) -> None:
     connection.execute(delete(aliases).where(aliases.c.alias == alias))
     connection.execute(insert(aliases).values(alias=alias, digest=digest, percent=percent, changed=now))
+
+
+def _removed(connection: Connection, alias: str, digest: str) -> bool:
+    named = (aliases.c.alias == alias) & (aliases.c.digest == digest)
+    return bool(connection.execute(delete(aliases).where(named)).rowcount)
 
 
 def _signature(folder: Path) -> Path:

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import uvicorn
 from fastapi import FastAPI
@@ -19,20 +19,21 @@ from sqlalchemy.exc import IntegrityError
 
 from robustkit.errors import RobustkitError
 from robustkit.models import zoo
-from robustkit.serve import auth, signing
+from robustkit.serve import auth, incident, signing
 from robustkit.serve.admin import create_admin
 from robustkit.serve.app import Plane, create_app
 from robustkit.serve.cache import Answers
 from robustkit.serve.detectors import Detector, Fingerprints, LowFrequency
 from robustkit.serve.logs import log
 from robustkit.serve.metrics import Metrics
+from robustkit.serve.migrations import migrate
 from robustkit.serve.pipeline import Pipeline
 from robustkit.serve.pool import Pool
 from robustkit.serve.quarantine import Quarantine
 from robustkit.serve.registry import Registry, bundle
-from robustkit.serve.routing import Router
+from robustkit.serve.routing import Router, read_probe
 from robustkit.serve.settings import Credentials, Settings, credentials
-from robustkit.serve.store import metadata, open_store
+from robustkit.serve.store import open_store
 from robustkit.serve.throttle import Throttle
 
 
@@ -62,27 +63,38 @@ def assemble(settings: Settings) -> Replica:
     settings.folder.mkdir(parents=True, exist_ok=True)
     secrets = credentials(settings.folder / "credentials.json")
     engine = open_store(settings.store_url)
-    metadata.create_all(engine)
+    migrate(engine)
     now = time.time()
     pseudonyms = bytes.fromhex(secrets.pseudonyms)
     _list_first_key(engine, pseudonyms, secrets.api_key, now)
     registry = _registry(settings, engine, now)
-    accounts = auth.Accounts(engine, pseudonyms, settings.issuer)
-    sealing = bytes.fromhex(secrets.quarantine)
+    accounts = auth.Accounts(engine, pseudonyms, settings.issuer, believed=settings.refresh_seconds)
+    quarantine = Quarantine(engine, settings.folder / "quarantine", bytes.fromhex(secrets.quarantine))
+    metrics = Metrics()
+    probe = settings.folder / "probe.npz"
+    router = Router(
+        registry,
+        metrics,
+        read_probe(probe) if probe.exists() else None,
+        settings.bounds,
+        believed=settings.refresh_seconds,
+    )
     pipeline = Pipeline(
         settings,
         engine,
         accounts,
-        Router(registry),
-        Metrics(),
+        router,
+        metrics,
+        incident.watched(engine, seconds=settings.refresh_seconds),
         detectors=[_detector(name, engine, pseudonyms) for name in settings.detectors],
         answers=Answers(engine) if settings.cache else None,
-        quarantine=Quarantine(engine, settings.folder / "quarantine", sealing),
+        quarantine=quarantine,
     )
     throttle = Throttle(settings.account_rate, settings.address_rate, settings.replicas)
     pool = Pool(settings.workers, settings.queue)
     plane = Plane(pipeline, accounts, throttle, pool, secrets.metrics)
-    admin = create_admin(engine, registry, secrets.admin, pseudonyms)
+    incoming = settings.folder / "incoming"
+    admin = create_admin(engine, registry, quarantine, incoming, secrets.admin, pseudonyms)
     return Replica(settings, secrets, engine, registry, plane, create_app(plane), admin)
 
 
@@ -103,7 +115,8 @@ def _registry(settings: Settings, engine: Engine, now: float) -> Registry:
     registry = Registry(engine, settings.folder / "registry", public)
     if "champion" not in registry.aliases():
         signed = bundle(settings.model, zoo.WEIGHTS, settings.folder / "incoming", private)
-        registry.assign("champion", registry.register(signed, now), now)
+        digest = registry.register(signed, actor="service", now=now)
+        registry.assign("champion", digest, reason="first start", actor="service", now=now)
     return registry
 
 
@@ -197,9 +210,9 @@ class Running:
 
     url: str
     admin_url: str
-    api_key: str
-    admin: str
-    replica: Replica
+    api_key: str = field(repr=False)
+    admin: str = field(repr=False)
+    replica: Replica = field(repr=False)
 
 
 def _listening(settings: Settings) -> tuple[Replica, Listening, Running]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 import secrets
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from robustkit.errors import RobustkitError
 from robustkit.serve.auth import Issuer
+from robustkit.serve.routing import Bounds
 
 DETECTORS = ("fingerprints", "low-frequency")
 OUTPUTS = ("label", "rounded", "full")
@@ -32,6 +33,7 @@ class Settings:
     admin_port: int = 8001
     workers: int = os.cpu_count() or 1
     queue: int = 64  # calls that wait for a worker; more are shed
+    refresh_seconds: float = 1  # for which accounts, aliases and the posture are believed once read
     readers: int = 256  # bodies that are read at one time
     output: str = "label"
     mode: str = "reject"  # what a flagged query meets
@@ -49,6 +51,7 @@ class Settings:
     drain_seconds: float = 20
     trusted_proxies: str = ""  # whose X-Forwarded-For is believed
     issuer: Issuer | None = None
+    bounds: Bounds = field(default_factory=Bounds)
 
     def __post_init__(self) -> None:
         for name, known in (("output", OUTPUTS), ("mode", MODES)):
@@ -75,14 +78,11 @@ class Settings:
 class Credentials:
     """The secrets of a service, shared by its replicas. None of them is ever logged."""
 
-    api_key: str  # of a first customer
-    admin: str  # of the control plane
-    metrics: str  # of /metrics, which would tell an attacker what was flagged
-    pseudonyms: str  # makes accounts of keys
-    quarantine: str  # encrypts kept images, 32 bytes as hexadecimal
-
-    def __repr__(self) -> str:
-        return "Credentials(...)"
+    api_key: str = field(repr=False)  # of a first customer
+    admin: str = field(repr=False)  # of the control plane
+    metrics: str = field(repr=False)  # of /metrics, which would tell an attacker what was flagged
+    pseudonyms: str = field(repr=False)  # makes accounts of keys
+    quarantine: str = field(repr=False)  # encrypts kept images, 32 bytes as hexadecimal
 
 
 def credentials(path: Path) -> Credentials:
