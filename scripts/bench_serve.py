@@ -207,11 +207,11 @@ def page(figures: dict[str, Any]) -> str:
     lines = [
         "# What the service's defences cost",
         "",
-        "Written by `python scripts/bench_serve.py`. One client, one connection, closed loop over a socket; the services "
-        "take turns picture by picture. Ratios to the first row, with 95 % bootstrap intervals over rounds.",
+        "Written by `python scripts/bench_serve.py`. One client, one connection, closed loop over a socket; the "
+        "services take turns picture by picture. Ratios to the first row, with 95 % bootstrap intervals over rounds.",
         "",
-        f"Model {MODEL}; {here['cpu']}, {here['cpus']} processors, load {here['load']}, torch {here['torch']}, one torch "
-        f"thread; seed {figures['seed']}; SQLite. Data: {figures['data']}.",
+        f"Model {MODEL}; {here['cpu']}, {here['cpus']} processors, load {here['load']}, torch {here['torch']}, "
+        f"one torch thread; seed {figures['seed']}; SQLite. Data: {figures['data']}.",
         "",
     ]
     for title, key in (("Each defence", "defences"), ("All defences, as more is stored", "growth")):

@@ -397,6 +397,7 @@ def test_leaving_answers_what_was_accepted(tmp_path):
         ask(here)
 
 
+@pytest.mark.slow
 def test_the_command_serves_says_where_and_leaves_on_sigterm(tmp_path):
     command = [sys.executable, "-m", "robustkit", "serve", "mnist-clean", "--json"]
     command += ["--folder", str(tmp_path / "service"), "--port", "0", "--admin-port", "0"]

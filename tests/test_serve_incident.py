@@ -78,7 +78,7 @@ def test_legal_moves_lead_where_they_say(engine):
         ("contain", "fallback", "label", "ban", 1),
         ("recover", "canary", "label", "reject", 1),
         ("review", "champion", "rounded", "reject", 1),
-        ("normal", "champion", None, None, 1),
+        ("normal", "canary", None, None, 1),
     ]
     assert move(engine, State.SUSPECT).incident == 2
 

@@ -69,7 +69,7 @@ class Posture:
 
 # state -> serving, output, mode
 _POSTURES: dict[State, tuple[str, str | None, str | None]] = {
-    State.NORMAL: ("champion", None, None),
+    State.NORMAL: ("canary", None, None),
     State.SUSPECT: ("champion", "rounded", "reject"),
     State.CONTAIN: ("fallback", "label", "ban"),
     State.RECOVER: ("canary", "label", "reject"),
