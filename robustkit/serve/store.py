@@ -16,21 +16,28 @@ metadata = MetaData()
 def open_store(url: str) -> Engine:
     """An engine on which writers of several processes wait for each other instead of failing.
 
-    SQLite gets a write-ahead log, so that readers never wait, and five seconds of patience; PostgreSQL is asked
-    whether a pooled connection still lives before it is used.
+    SQLite gets a write-ahead log, so that readers never wait, and five seconds of patience; the log may grow to
+    32 MB, so that fewer than one commit in a hundred waits for it to be written back. PostgreSQL is asked whether
+    a pooled connection still lives before it is used.
     """
-    engine = create_engine(url, pool_pre_ping=True)
+    engine = create_engine(url, pool_pre_ping=not url.startswith("sqlite"))
     if engine.dialect.name == "sqlite":
 
         @event.listens_for(engine, "connect")
         def prepare(connection: Any, record: Any) -> None:
-            for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "busy_timeout=5000", "foreign_keys=ON"):
+            for pragma in (
+                "journal_mode=WAL",
+                "synchronous=NORMAL",
+                "busy_timeout=5000",
+                "foreign_keys=ON",
+                "wal_autocheckpoint=8000",
+            ):
                 connection.execute(f"PRAGMA {pragma}")
 
     return engine
 
 
-def insert(connection: Connection, table: Table) -> Any:
+def insert(connection: Connection | Engine, table: Table) -> Any:
     """An INSERT that can say what happens on a conflict: the same clause in both dialects."""
     return (postgresql if connection.dialect.name == "postgresql" else sqlite).insert(table)
 
