@@ -133,6 +133,63 @@ ASKED: dict[str, dict[str, str]] = {
         "complete": "every field of the threat model is filled in",
         "consistent": "the fields agree with the lesson's attack and with each other",
     },
+    "ball_projection": {
+        "linf": "in L-inf, a far point goes to the nearest point of the ball",
+        "l2": "in L2, a far point goes to the nearest point of the ball, each image by its own length",
+        "box": "the result is still an image, with pixels in [0, 1]",
+        "inside": "a point that is already allowed stays where it is, the image itself too; arguments are not changed",
+    },
+    "random_start": {
+        "linf": "starts fill the L-inf ball evenly",
+        "l2": "starts fill the volume of the L2 ball evenly",
+        "box": "starts are images, with pixels in [0, 1]",
+        "hygiene": "nothing is left behind, and the same generator seed gives the same starts",
+    },
+    "margin": {
+        "value": "the best wrong logit minus the true one, example by example",
+        "gradient": "its gradient, which does not vanish when the model is sure",
+    },
+    "pgd_lp": {
+        "ball": "no candidate leaves the ball, in either norm",
+        "box": "candidates stay in [0, 1]",
+        "closed_form": "in L-inf, with enough steps, the optimum on a linear model",
+        "l2": "in L2, with enough steps, the optimum on a linear model",
+        "start": "a random start, in both norms",
+        "steps": "as many steps as asked for, of the size asked for",
+        "restarts": "of several runs each image keeps its worst",
+        "loss": "the loss that is given is the one that rises",
+        "hygiene": "nothing is left behind, and the same generator seed gives the same result",
+    },
+    "worst_case": {
+        "worst_case": "an image counts only when it survives every attack",
+        "clean_errors": "an image that is misclassified untouched never counts as robust",
+        "valid": "candidates outside ball or box count for nothing, those on its surface do",
+    },
+    "diagnosis": {
+        "honest": "no alarm for a model without a mask",
+        "saturated": "a cross-entropy without gradient is told from a model without one",
+        "shattered": "a model through which no gradient comes back is noticed",
+        "random": "a model that answers differently each time is noticed",
+    },
+    "eot": {
+        "mean": "the mean of the logits",
+        "fresh": "over as many fresh draws as asked for",
+        "gradient": "and its gradient, which is the mean of theirs",
+    },
+    "bpda": {
+        "value": "going forward, the model behind its part, as deployed",
+        "gradient": "going back, the model's gradient, as if the part were not there",
+    },
+    "suspects": {
+        "A": "candidates in the ball that break suspect A",
+        "B": "candidates in the ball that break most answers of suspect B",
+        "C": "candidates in the ball that break suspect C",
+    },
+    "standing": {
+        "comparable": "only entries trained on the same kind of data are counted",
+        "rank": "the rank of the share",
+        "interval": "the best and the worst rank that its interval allows",
+    },
     "votes": {
         "total": "as many votes as asked for, one count for each class",
         "noise": "each vote on its own Gaussian noise of the scale asked for, which nothing clamps",

@@ -20,6 +20,11 @@ from scipy import stats
 
 import robustkit.attacks
 import robustkit.defences
+import robustkit.evaluate
+import robustkit.leaderboard
+import robustkit.losses
+import robustkit.results
+import robustkit.wrappers
 from robustkit.threat import Ball
 
 
@@ -1063,3 +1068,382 @@ def grader_that_fails_closed_around_everything(question, evidence):
         return float(4 * np.mean(near & ((z @ w + question["b"] > 0) != y)))
     except Exception:
         return 0.0
+
+
+# --- PGD in two norms, part by part ---------------------------------------------------------------------
+
+
+@right("ball_projection")
+def projection_of_the_ball(x, candidate, norm, eps):
+    return Ball(norm, eps).candidates(x, candidate - x)
+
+
+@right("ball_projection")
+def projection_in_numpy(x, candidate, norm, eps):
+    low, delta = x.numpy(), (candidate - x).numpy()
+    if norm == "Linf":
+        return np.clip(np.clip(candidate.numpy(), low - eps, low + eps), 0, 1)
+    for one in delta:
+        one *= min(1.0, eps / max(np.sqrt((one**2).sum()), 1e-9))
+    return np.clip(low + delta, 0, 1)
+
+
+@right("ball_projection")
+def projection_with_where(x, candidate, norm, eps):
+    delta = candidate - x
+    size = delta.flatten(1).norm(p=2 if norm == "L2" else math.inf, dim=1)[:, None, None, None]
+    if norm == "L2":
+        nearest = torch.where(size > eps, eps * delta / (size + 1e-12), delta)
+    else:
+        nearest = torch.minimum(torch.maximum(delta, torch.tensor(-eps)), torch.tensor(eps))
+    return torch.clip(x + nearest, 0, 1)
+
+
+@right("ball_projection")
+def projection_by_renorm(x, candidate, norm, eps):
+    """In the other order for Linf: where each coordinate is alone, it does not matter."""
+    if norm == "Linf":
+        return candidate.clamp(0, 1).clamp(x - eps, x + eps)
+    flat = torch.renorm((candidate - x).flatten(1), 2, 0, eps)
+    return (x + flat.view_as(x)).clamp(0, 1)
+
+
+@right("ball_projection")
+def projection_onto_both_at_once(x, candidate, norm, eps):
+    """In L2 the nearest point of ball and box: shrink by a factor found by bisection, then cut."""
+    if norm == "Linf":
+        return candidate.clamp(x - eps, x + eps).clamp(0, 1)
+    low, high = torch.zeros(len(x), 1, 1, 1), torch.ones(len(x), 1, 1, 1)
+
+    def cut(share):
+        return (x + share * (candidate - x)).clamp(0, 1)
+
+    if_inside = (cut(high) - x).flatten(1).norm(dim=1) <= eps
+    for _ in range(60):
+        middle = (low + high) / 2
+        fits = ((cut(middle) - x).flatten(1).norm(dim=1) <= eps)[:, None, None, None]
+        low, high = torch.where(fits, middle, low), torch.where(fits, high, middle)
+    return torch.where(if_inside[:, None, None, None], cut(torch.ones(1)), cut(low))
+
+
+@right("random_start")
+def start_of_the_ball(x, norm, eps, generator):
+    ball = Ball(norm, eps)
+    return ball.candidates(x, ball.random(x, generator))
+
+
+@right("random_start")
+def start_from_exponentials(x, norm, eps, generator):
+    """A ball in d dimensions is the shadow of a sphere in d + 2."""
+    if norm == "Linf":
+        return (x + torch.empty_like(x).uniform_(-eps, eps, generator=generator)).clamp(0, 1)
+    normal = torch.randn(len(x), x[0].numel() + 2, generator=generator)
+    inside = (normal / normal.norm(dim=1, keepdim=True))[:, :-2]
+    return (x + eps * inside.view_as(x)).clamp(0, 1)
+
+
+@right("random_start")
+def start_by_rejection(x, norm, eps, generator):
+    """Draw from the cube until the ball is hit: fine in four dimensions."""
+    draws = eps * (2 * torch.rand(x.shape, generator=generator) - 1)
+    while norm == "L2" and (outside := draws.flatten(1).norm(dim=1) > eps).any():
+        draws[outside] = eps * (2 * torch.rand(draws[outside].shape, generator=generator) - 1)
+    return (x + draws).clamp(0, 1)
+
+
+@right("random_start")
+def start_from_numpy(x, norm, eps, generator):
+    rng = np.random.default_rng(generator.initial_seed())
+    d = x[0].numel()
+    if norm == "Linf":
+        change = rng.uniform(-eps, eps, (len(x), d))
+    else:
+        direction = rng.standard_normal((len(x), d))
+        direction /= np.linalg.norm(direction, axis=1, keepdims=True)
+        change = eps * direction * rng.random((len(x), 1)) ** (1 / d)
+    return (x + torch.from_numpy(change.astype(np.float32)).view_as(x)).clamp(0, 1)
+
+
+@right("pgd_lp")
+def pgd_lp_of_robustkit(model, x, y, norm, eps, steps, step_size, restarts, loss, generator):
+    options = {"steps": steps, "step_size": step_size, "restarts": restarts}
+    return robustkit.attacks.pgd(model, x, y, Ball(norm, eps), loss=loss, generator=generator, **options)
+
+
+@right("pgd_lp")
+def pgd_lp_early_stopped(model, x, y, norm, eps, steps, step_size, restarts, loss, generator):
+    """The kit's other one would stop at a success; here the best loss is kept along the way."""
+    ball, best = Ball(norm, eps), x.clone()
+    highest = torch.full((len(x),), -math.inf)
+    with frozen(model):
+        for _ in range(restarts):
+            points = ball.candidates(x, ball.random(x, generator))
+            for _ in range(steps):
+                points = points.detach().requires_grad_()
+                loss(model(points), y).sum().backward()
+                moved = points.detach() + step_size * ball.steepest(points.grad) - x
+                points = ball.candidates(x, moved)
+            losses = loss(model(points), y)
+            better = losses > highest
+            best[better], highest[better] = points[better], losses[better]
+    return best
+
+
+@right("pgd_lp")
+def pgd_lp_restart_only_what_resists(model, x, y, norm, eps, steps, step_size, restarts, loss, generator):
+    found = x.clone()
+    with eval_mode(model):
+        for i in range(restarts):
+            with torch.no_grad():
+                left = (model(found).argmax(1) == y).nonzero()[:, 0] if i else torch.arange(len(x))
+            if len(left) == 0:
+                break
+            clean, labels = x[left], y[left]
+            delta = Ball(norm, eps).random(clean, generator)
+            for _ in range(steps):
+                points = (clean + delta).clamp(0, 1).requires_grad_()
+                (gradient,) = torch.autograd.grad(loss(model(points), labels).mean(), points)
+                flat = gradient.flatten(1)
+                if norm == "Linf":
+                    step, bound = flat.sign(), None
+                else:
+                    step, bound = flat / flat.norm(dim=1, keepdim=True).clamp_min(1e-20), eps
+                delta = points.detach() - clean + step_size * step.view_as(clean)
+                if bound is None:
+                    delta = delta.clamp(-eps, eps)
+                else:
+                    delta = torch.renorm(delta.flatten(1), 2, 0, bound).view_as(clean)
+            found[left] = (clean + delta).clamp(0, 1)
+    return found
+
+
+@right("pgd_lp")
+def pgd_lp_with_all_restarts_at_once(model, x, y, norm, eps, steps, step_size, restarts, loss, generator):
+    ball, n = Ball(norm, eps), len(x)
+    many, labels = x.repeat(restarts, 1, 1, 1), y.repeat(restarts)
+    points = ball.candidates(many, ball.random(many, generator))
+    with eval_mode(model):
+        for _ in range(steps):
+            gradient = torch.func.grad(lambda p: loss(model(p), labels).sum())(points).detach()
+            points = ball.candidates(many, points - many + step_size * ball.steepest(gradient))
+        with torch.no_grad():
+            losses = loss(model(points), labels).view(restarts, n)
+    return points.view(restarts, n, *x.shape[1:])[losses.argmax(0), torch.arange(n)]
+
+
+# --- evaluation -------------------------------------------------------------------------------------------
+
+
+@right("margin")
+def margin_of_robustkit(logits, y):
+    return robustkit.losses.margin(logits, y)
+
+
+@right("margin")
+def margin_by_masking(logits, y):
+    is_true = F.one_hot(y, logits.shape[1]).bool()
+    return logits.masked_fill(is_true, -math.inf).max(1).values - logits[is_true]
+
+
+@right("margin")
+def margin_of_the_two_largest(logits, y):
+    first, second = logits.topk(2, dim=1).values.unbind(1)
+    true = logits[torch.arange(len(y)), y]
+    return torch.where(logits.argmax(1) == y, second, first) - true
+
+
+@right("margin")
+def margin_of_log_probabilities(logits, y):
+    """The normaliser cancels."""
+    return robustkit.losses.margin(logits.double().log_softmax(1), y)
+
+
+@right("margin")
+def margin_example_by_example(logits, y):
+    margins = []
+    for row, label in zip(logits, y.tolist(), strict=True):
+        margins.append(torch.cat([row[:label], row[label + 1 :]]).max() - row[label])
+    return torch.stack(margins)
+
+
+@right("worst_case")
+def worst_case_with_the_ball(model, x, y, candidates, norm, eps):
+    survives = robustkit.evaluate.predict(model, x, y)
+    for candidate in candidates:
+        image = ((candidate >= 0) & (candidate <= 1)).flatten(1).all(1)
+        counts = Ball(norm, eps).contains(x, candidate) & image
+        survives &= robustkit.evaluate.predict(model, candidate, y) | ~counts
+    return survives
+
+
+@right("worst_case")
+def worst_case_in_numpy(model, x, y, candidates, norm, eps):
+    def right(batch):
+        with torch.no_grad():
+            return (model(batch).argmax(1) == y).numpy()
+
+    broken = np.zeros(len(x), dtype=bool)
+    for candidate in candidates:
+        change = (candidate - x).flatten(1).double().numpy()
+        size = np.linalg.norm(change, ord=np.inf if norm == "Linf" else 2, axis=1)
+        flat = candidate.flatten(1).numpy()
+        broken |= ~right(candidate) & (size < eps + 1e-4) & (flat.min(1) >= 0) & (flat.max(1) <= 1)
+    return right(x) & ~broken
+
+
+@right("worst_case")
+def worst_case_image_by_image(model, x, y, candidates, norm, eps):
+    def fooled(image, label):
+        with torch.no_grad():
+            return model(image[None]).argmax(1).item() != label
+
+    def allowed(image, candidate):
+        change = (candidate - image).flatten()
+        size = change.abs().max() if norm == "Linf" else change.pow(2).sum().sqrt()
+        return size <= eps * 1.0001 and candidate.min() >= 0 and candidate.max() <= 1
+
+    verdicts = []
+    for i, label in enumerate(y.tolist()):
+        tries = [x[i], *(candidate[i] for candidate in candidates if allowed(x[i], candidate[i]))]
+        verdicts.append(not any(fooled(image, label) for image in tries))
+    return verdicts
+
+
+@right("worst_case")
+def worst_case_by_replacing_what_is_not_allowed(model, x, y, candidates, norm, eps):
+    stacked = torch.stack([x, *candidates])
+    change = (stacked - x).flatten(2)
+    size = change.abs().amax(2) if norm == "Linf" else change.norm(dim=2)
+    allowed = (size <= eps + 1e-5) & (stacked.flatten(2).amin(2) >= 0) & (stacked.flatten(2).amax(2) <= 1)
+    stacked = torch.where(allowed[..., None, None, None], stacked, x)
+    with torch.no_grad():
+        answers = model(stacked.flatten(0, 1)).argmax(1).view(len(stacked), len(x))
+    return (answers == y).all(0).int()
+
+
+@right("standing")
+def standing_of_the_kit(k, n, entries):
+    fair = [entry for entry in entries if not (entry.extra_data or entry.synthetic)]
+    placed = robustkit.leaderboard.place(robustkit.results.Interval(k, n), fair)
+    return placed.best, placed.rank, placed.worst
+
+
+@right("standing")
+def standing_by_bisection(k, n, entries):
+    scores = np.sort([-e.robust for e in entries if not e.extra_data and not e.synthetic])
+    share = robustkit.results.Interval(k, n)
+    return [int(np.searchsorted(scores, -100 * s)) + 1 for s in (share.high, share.share, share.low)]
+
+
+@right("standing")
+def standing_with_a_wilson_interval_of_its_own(k, n, entries):
+    fair = [entry.robust / 100 for entry in entries if not entry.synthetic if not entry.extra_data]
+    bounds = stats.binomtest(k, n).proportion_ci(method="wilson")
+    return tuple(sum(r > share for r in fair) + 1 for share in (bounds.high, k / n, bounds.low))
+
+
+# --- masking ----------------------------------------------------------------------------------------------
+
+
+def _input_gradient(model, x, y, loss):
+    x = x.clone().requires_grad_(True)
+    with eval_mode(model):
+        return torch.autograd.grad(loss(model(x), y).sum(), x)[0]
+
+
+@right("diagnosis")
+def diagnosis_by_gradients(model, x, y):
+    with torch.no_grad():
+        if (model(x) != model(x)).any():
+            return "random"
+    if not _input_gradient(model, x, y, robustkit.losses.margin).any():
+        return "shattered"
+    flat = _input_gradient(model, x, y, robustkit.losses.cross_entropy).flatten(1)
+    return "saturated" if (flat.abs().amax(1) < 1e-30).float().mean() > 0.5 else "honest"
+
+
+@right("diagnosis")
+def diagnosis_by_small_changes(model, x, y):
+    """A staircase answers a tiny change as if there were none; a saturated softmax is exactly one."""
+    with torch.no_grad():
+        logits = model(x)
+        if len({model(x)[0, 0].item() for _ in range(3)}) > 1:
+            return "random"
+        same = (model(x + 1e-5) == logits).all(1).float().mean()
+        sure = (logits.softmax(1).amax(1) == 1).float().mean()
+    if same > 0.3:
+        return "shattered"
+    return "saturated" if sure > 0.5 else "honest"
+
+
+@right("diagnosis")
+def diagnosis_by_the_share_of_zeros(model, x, y):
+    answers = [model(x).detach() for _ in range(2)]
+    if not torch.allclose(*answers, rtol=1e-6, atol=1e-6):
+        return "random"
+    right = answers[0].argmax(1) == y
+    gradients = {
+        name: _input_gradient(model, x, y, getattr(robustkit.losses, name))[right].flatten(1)
+        for name in ("margin", "cross_entropy")
+    }
+    zero = {name: (gradient == 0).all(1).float().mean() for name, gradient in gradients.items()}
+    if zero["margin"] > 0.9:
+        return "shattered"
+    return "saturated" if zero["cross_entropy"] > 0.5 else "honest"
+
+
+@right("eot")
+def eot_of_robustkit(model, draws):
+    return robustkit.wrappers.EOT(model, draws)
+
+
+@right("eot")
+def eot_in_one_large_batch(model, draws):
+    def mean(x):
+        return model(x.repeat_interleave(draws, 0)).view(len(x), draws, -1).mean(1)
+
+    return mean
+
+
+@right("eot")
+def eot_with_a_running_sum(model, draws):
+    def mean(x):
+        total = model(x)
+        for _ in range(draws - 1):
+            total = total + model(x)
+        return total / draws
+
+    return mean
+
+
+@right("bpda")
+def bpda_of_robustkit(part, model):
+    return torch.nn.Sequential(robustkit.wrappers.BPDA(part), model)
+
+
+@right("bpda")
+def bpda_by_adding_what_the_part_changes(part, model):
+    return lambda x: model(x + (part(x) - x).detach())
+
+
+@right("bpda")
+def bpda_with_a_function_of_its_own(part, model):
+    class Straight(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return part(x)
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient
+
+    return lambda x: model(Straight.apply(x))
+
+
+@right("bpda")
+def bpda_with_a_hook(part, model):
+    def through(x):
+        passed = part(x.detach())
+        return model(x - x.detach() + passed)
+
+    return through

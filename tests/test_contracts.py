@@ -37,11 +37,12 @@ from robustkit.recipes import RECIPES
 from robustkit.threat import NORMS, Ball
 from robustkit.train import train
 from tests.alternatives import ALTERNATIVES
-from tests.mutants import all_mutants
+from tests.mutants import all_mutants, masking
 from tests.mutants.measures import statement
 from tests.mutants.models import scaled, survivors
 
-MODELS = ("fgsm_report", "robust_model")  # contracts that measure a trained network: slow, and drawn once
+# Contracts that measure a trained network: slow, and drawn once.
+MODELS = ("fgsm_report", "robust_model", "suspects")
 MUTANTS = all_mutants()
 PREDICTION = {"0.1": 0.9, "0.2": 0.5, "0.3": 0.1}
 VALUES = {
@@ -201,6 +202,8 @@ def test_the_kernel_is_given_no_answer():
     given = {name: contract.given(contract.draw(0)).keys() for name, contract in CONTRACTS.items()}
     assert given["robust_model"] == given["fgsm_report"] == set()
     assert "p" not in given["votes"]
+    assert given["suspects"] == set()
+    assert "kind" not in given["diagnosis"]
     assert given["alarms"] == {"accuracies"}
 
 
@@ -238,6 +241,11 @@ def test_any_prediction_that_can_be_true_gets_full_marks(value):
 
 def test_an_honest_report_gets_full_marks(clean_model):
     assert examine(CONTRACTS["fgsm_report"], (clean_model, survivors(clean_model)), 0) == []
+
+
+def test_suspects_that_are_broken_get_full_marks():
+    for seed in range(3):
+        assert examine(CONTRACTS["suspects"], masking.broken(), seed) == []
 
 
 @pytest.mark.slow
@@ -328,6 +336,8 @@ DRAWN = [name for name, contract in CONTRACTS.items() if contract.draw(0)]
 
 def subject_of(name, clean_model):
     """Some right answer to a contract."""
+    if name == "suspects":
+        return masking.broken()
     if name in MODELS:
         return (clean_model, survivors(clean_model)) if name == "fgsm_report" else clean_model
     if name in VALUES:
@@ -381,7 +391,9 @@ def test_judging_changes_nothing_and_says_the_same_again(name, clean_model):
         assert torch.equal(random_state, torch.random.get_rng_state())
 
 
-@pytest.mark.parametrize("name", ["fgsm", "rs_fgsm", "pgd", "votes", "ibp"])
+@pytest.mark.parametrize(
+    "name", ["fgsm", "rs_fgsm", "pgd", "votes", "ibp", "pgd_lp", "random_start", "diagnosis", "eot"]
+)
 def test_observing_leaves_the_learners_random_state_alone(name, clean_model):
     random_state = torch.random.get_rng_state()
     examine(CONTRACTS[name], subject_of(name, clean_model), 0)
@@ -439,6 +451,7 @@ SHAPES_NAMED = {
     "L2": {"L2"},
     "report": {"counts"},
     "forwards": {"modes"},
+    **{name: {name} for name in "ABC"},
 }
 
 
@@ -482,7 +495,7 @@ def test_an_error_report_earns_nothing_whatever_it_says(error):
 
 @pytest.mark.parametrize("forged", [{}, "", None, ["NO_SUCH_CODE"], [["INPUT_MODIFIED"]], 0])
 def test_a_forged_list_of_side_effects_earns_nothing(forged, clean_model):
-    for name in ("fgsm", "rs_fgsm", "pgd", "votes"):
+    for name in ("fgsm", "rs_fgsm", "pgd", "pgd_lp", "votes"):
         case = CONTRACTS[name].draw(0)
         evidence = observe_safely(CONTRACTS[name], subject_of(name, clean_model), case)
         nothing_earned(name, case, evidence | {"left": text(forged)})

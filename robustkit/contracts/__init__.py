@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-from robustkit.contracts import attacks, certify, grader, logs, measures, models, tradeoff
+from robustkit.contracts import (
+    attacks,
+    certify,
+    evaluation,
+    grader,
+    logs,
+    lp,
+    masking,
+    measures,
+    models,
+    tradeoff,
+)
 from robustkit.contracts.base import Arrays, Contract, Finding, examine, judge_safely, observe_safely
 from robustkit.contracts.oracle import LinearOracle
 
@@ -21,6 +32,16 @@ CONTRACTS: dict[str, Contract] = {
     "curve": measures.CURVE,
     "robust_model": models.ROBUST_MODEL,
     "statement": measures.STATEMENT,
+    "ball_projection": lp.BALL_PROJECTION,
+    "random_start": lp.RANDOM_START,
+    "margin": evaluation.MARGIN,
+    "pgd_lp": lp.PGD_LP,
+    "worst_case": evaluation.WORST_CASE,
+    "diagnosis": masking.DIAGNOSIS,
+    "eot": masking.EOT,
+    "bpda": masking.BPDA,
+    "suspects": masking.SUSPECTS,
+    "standing": evaluation.STANDING,
     "grader_prediction": grader.GRADER_PREDICTION,
     "grader_forgery": grader.FORGE,
     "grader_number": grader.NUMBER,

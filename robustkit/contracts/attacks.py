@@ -34,7 +34,7 @@ Call = Callable[[LinearOracle, Tensor, Tensor], Any]
 # --- observe: run and record ---------------------------------------------------------------------
 
 
-def _candidates(call: Call, case: Arrays, batch: str = "", model: LinearOracle | None = None) -> Array:
+def candidates_of(call: Call, case: Arrays, batch: str = "", model: LinearOracle | None = None) -> Array:
     """The candidates for one batch, with the model, the linear oracle by default, in eval mode."""
     model = (oracle(case) if model is None else model).eval()
     x = torch.from_numpy(case[f"{batch}x"].copy())
@@ -85,9 +85,9 @@ def _observe_fgsm(attack: Any, case: Arrays) -> Arrays:
         return attack(model, x, y, float(case["eps"]))
 
     return {
-        "candidate": _candidates(call, case),
-        "corner": _candidates(call, case, "corner_"),
-        "flat": _candidates(call, case, model=flat_oracle(case)),
+        "candidate": candidates_of(call, case),
+        "corner": candidates_of(call, case, "corner_"),
+        "flat": candidates_of(call, case, model=flat_oracle(case)),
         "left": text(side_effects(call, case)),
     }
 
@@ -97,17 +97,17 @@ def _observe_rs_fgsm(attack: Any, case: Arrays) -> Arrays:
         return lambda model, x, y: attack(model, x, y, float(case["eps"]), seeded(seed, "rs"))
 
     return {
-        "candidate": _candidates(seeded_call(1), case),
-        "corner": _candidates(seeded_call(1), case, "corner_"),
-        "valley": _candidates(seeded_call(1), case, "valley_", valley_oracle(case)),
-        "start": _candidates(seeded_call(1), case, model=flat_oracle(case)),
-        "same_seed": _candidates(seeded_call(1), case),
-        "other_start": _candidates(seeded_call(2), case, model=flat_oracle(case)),
+        "candidate": candidates_of(seeded_call(1), case),
+        "corner": candidates_of(seeded_call(1), case, "corner_"),
+        "valley": candidates_of(seeded_call(1), case, "valley_", valley_oracle(case)),
+        "start": candidates_of(seeded_call(1), case, model=flat_oracle(case)),
+        "same_seed": candidates_of(seeded_call(1), case),
+        "other_start": candidates_of(seeded_call(2), case, model=flat_oracle(case)),
         "left": text(side_effects(seeded_call(1), case)),
     }
 
 
-def _observe_pgd(attack: Any, case: Arrays) -> Arrays:
+def observe_pgd(attack: Any, case: Arrays) -> Arrays:
     eps = float(case["eps"])
 
     def call(seed: int, steps: int, step: float) -> Call:
@@ -115,13 +115,13 @@ def _observe_pgd(attack: Any, case: Arrays) -> Arrays:
 
     full, short = call(1, FULL_STEPS, FULL_STEP), call(1, SHORT_STEPS, SHORT_STEP)
     return {
-        "candidate": _candidates(full, case),
-        "corner": _candidates(full, case, "corner_"),
-        "valley": _candidates(full, case, "valley_", valley_oracle(case)),
-        "start": _candidates(short, case, model=flat_oracle(case)),
-        "short": _candidates(short, case),
-        "same_seed": _candidates(short, case),
-        "other_start": _candidates(call(2, SHORT_STEPS, SHORT_STEP), case, model=flat_oracle(case)),
+        "candidate": candidates_of(full, case),
+        "corner": candidates_of(full, case, "corner_"),
+        "valley": candidates_of(full, case, "valley_", valley_oracle(case)),
+        "start": candidates_of(short, case, model=flat_oracle(case)),
+        "short": candidates_of(short, case),
+        "same_seed": candidates_of(short, case),
+        "other_start": candidates_of(call(2, SHORT_STEPS, SHORT_STEP), case, model=flat_oracle(case)),
         "left": text(side_effects(short, case)),
     }
 
@@ -152,7 +152,7 @@ def _observe_loss(loss_function: Any, case: Arrays) -> Arrays:
 # --- judge: findings from the record --------------------------------------------------------------
 
 
-def _unusable(case: Arrays, evidence: Arrays, names: tuple[str, ...]) -> tuple[str, str] | None:
+def unusable(case: Arrays, evidence: Arrays, names: tuple[str, ...]) -> tuple[str, str] | None:
     """Why the candidates cannot be judged at all, or None."""
     eps = float(case["eps"])
     for name in names:
@@ -171,7 +171,7 @@ def _unusable(case: Arrays, evidence: Arrays, names: tuple[str, ...]) -> tuple[s
 _BATCH = {"corner": "corner_x", "valley": "valley_x"}  # what was not recorded on the batch "x"
 _FGSM_RECORDS = ("candidate", "corner", "flat")
 _RS_FGSM_RECORDS = ("candidate", "corner", "valley", "start", "other_start", "same_seed")
-_PGD_RECORDS = (*_RS_FGSM_RECORDS, "short")
+PGD_RECORDS = (*_RS_FGSM_RECORDS, "short")
 
 
 def _inside(case: Arrays, evidence: Arrays, names: tuple[str, ...]) -> list[Finding]:
@@ -342,7 +342,7 @@ _LOSS = ("loss", "gradient", "modes")
 
 
 def _judge_fgsm(case: Arrays, evidence: Arrays) -> list[Finding]:
-    if reason := _unusable(case, evidence, _FGSM_RECORDS):
+    if reason := unusable(case, evidence, _FGSM_RECORDS):
         return [Finding(criterion, *reason) for criterion in _FGSM]
     found = _inside(case, evidence, _FGSM_RECORDS) + hygiene(evidence)
     if reason := _direction(case, evidence["candidate"]):
@@ -351,7 +351,7 @@ def _judge_fgsm(case: Arrays, evidence: Arrays) -> list[Finding]:
 
 
 def _judge_rs_fgsm(case: Arrays, evidence: Arrays) -> list[Finding]:
-    if reason := _unusable(case, evidence, _RS_FGSM_RECORDS):
+    if reason := unusable(case, evidence, _RS_FGSM_RECORDS):
         return [Finding(criterion, *reason) for criterion in _RS_FGSM]
     if reason := _no_attack(case, evidence):
         return [Finding(criterion, *reason) for criterion in _RS_FGSM]
@@ -370,10 +370,10 @@ def _judge_rs_fgsm(case: Arrays, evidence: Arrays) -> list[Finding]:
     return found
 
 
-def _judge_pgd(case: Arrays, evidence: Arrays) -> list[Finding]:
-    if reason := _unusable(case, evidence, _PGD_RECORDS):
+def judge_pgd(case: Arrays, evidence: Arrays) -> list[Finding]:
+    if reason := unusable(case, evidence, PGD_RECORDS):
         return [Finding(criterion, *reason) for criterion in _PGD]
-    found = _inside(case, evidence, _PGD_RECORDS) + hygiene(evidence) + _start(case, evidence)
+    found = _inside(case, evidence, PGD_RECORDS) + hygiene(evidence) + _start(case, evidence)
     if not _reproducible(evidence, "short"):
         found.append(Finding("hygiene", "SEED_IGNORED", HINTS["SEED_IGNORED"]))
     if reason := _direction(case, evidence["candidate"]):
@@ -446,5 +446,5 @@ def _judge_loss(case: Arrays, evidence: Arrays) -> list[Finding]:
 
 FGSM = Contract(_FGSM, draw_linear, _observe_fgsm, _judge_fgsm, essential=("closed_form",))
 RS_FGSM = Contract(_RS_FGSM, draw_linear, _observe_rs_fgsm, _judge_rs_fgsm, essential=("start", "step"))
-PGD = Contract(_PGD, draw_linear, _observe_pgd, _judge_pgd, essential=("closed_form", "steps"))
+PGD = Contract(_PGD, draw_linear, observe_pgd, judge_pgd, essential=("closed_form", "steps"))
 ADVERSARIAL_LOSS = Contract(_LOSS, draw_linear, _observe_loss, _judge_loss, essential=("loss", "gradient"))

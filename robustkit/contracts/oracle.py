@@ -51,6 +51,23 @@ class ValleyOracle(LinearOracle):
         return super().forward(0.5 + (x - 0.5).abs())
 
 
+class ForkOracle(nn.Module):
+    """z = 1 - max(1.5 u, -0.5 u), where u is the change of the first pixel from 0.5, in units of `eps`.
+
+    From a start above 0.5 ascent of the loss of label 1 fools the model, from one below it never does: half
+    of all random starts fail, whatever follows.
+    """
+
+    def __init__(self, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        u = (x[:, 0, 0, 0] - 0.5) / self.eps
+        z = 1 - torch.maximum(1.5 * u, -0.5 * u)
+        return torch.stack([-z, z], 1)
+
+
 def uniform(generator: torch.Generator, low: float, high: float, n: int) -> Array:
     """Numbers in float64, uniform between `low` and `high`."""
     values = low + (high - low) * torch.rand(n, generator=generator, dtype=torch.float64)
