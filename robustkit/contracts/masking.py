@@ -108,7 +108,7 @@ def _judge_diagnosis(case: Arrays, evidence: Arrays) -> list[Finding]:
         elif name == "honest":
             found[name] = Finding(name, "FALSE_ALARM", f"a model without a mask is called {answer!r}")
         else:
-            found[name] = Finding(name, "MISDIAGNOSED", f"one of these models is called {answer!r}")
+            found[name] = Finding(name, "WRONG_DIAGNOSIS", f"one of these models is called {answer!r}")
     return list(found.values())
 
 

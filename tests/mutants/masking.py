@@ -43,28 +43,28 @@ def _right_diagnosis(model, x, y):
     return "saturated" if _zero(_gradient(model, x, y, cross_entropy)) > 0.5 else "honest"
 
 
-@mutant("diagnosis", random="MISDIAGNOSED")
+@mutant("diagnosis", random="WRONG_DIAGNOSIS")
 def asked_once(model, x, y):
     if _zero(_gradient(model, x, y, margin)) > 0.5:
         return "shattered"
     return "saturated" if _zero(_gradient(model, x, y, cross_entropy)) > 0.5 else "honest"
 
 
-@mutant("diagnosis", shattered="MISDIAGNOSED")
+@mutant("diagnosis", shattered="WRONG_DIAGNOSIS")
 def cross_entropy_alone(model, x, y):
     if _draws(model, x):
         return "random"
     return "saturated" if _zero(_gradient(model, x, y, cross_entropy)) > 0.5 else "honest"
 
 
-@mutant("diagnosis", saturated="MISDIAGNOSED")
+@mutant("diagnosis", saturated="WRONG_DIAGNOSIS")
 def zero_gradients_are_all_one(model, x, y):
     if _draws(model, x):
         return "random"
     return "shattered" if _zero(_gradient(model, x, y, cross_entropy)) > 0.5 else "honest"
 
 
-@mutant("diagnosis", saturated="MISDIAGNOSED")
+@mutant("diagnosis", saturated="WRONG_DIAGNOSIS")
 def every_image_must_be_saturated(model, x, y):
     found = _right_diagnosis(model, x, y)
     if found == "saturated" and _zero(_gradient(model, x, y, cross_entropy)) < 1:
