@@ -148,8 +148,8 @@ def _draw_start(seed: int) -> Arrays:
     """Many small images far from the box's walls, so that the distribution shows, and a few in its corners."""
     generator = seeded(seed, "random start")
     return {
-        "x": (0.4 + 0.2 * torch.rand(512, 1, 2, 2, generator=generator)).numpy(),
-        "corner": (torch.rand(32, 1, 2, 2, generator=generator) < 0.5).float().numpy(),
+        "x": (0.4 + 0.2 * torch.rand(512, 2, 1, 2, generator=generator)).numpy(),
+        "corner": (torch.rand(32, 2, 1, 2, generator=generator) < 0.5).float().numpy(),
         "eps_linf": _draw_eps(generator, 0.1, 0.3),
         "eps_l2": _draw_eps(generator, 0.2, 0.35),
     }
