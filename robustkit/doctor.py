@@ -101,6 +101,13 @@ LESSON_WORK: dict[str, tuple[float, tuple[Training | Attacking, ...]]] = {
             *[Attacking("pgd-40", _STRONG)] * 18,
         ),
     ),
+    "02-attacks-and-evaluation": (
+        40.0,
+        (
+            # PGD, APGD, Square and AutoAttack, the suspects, other libraries; a photograph counts for eighteen.
+            Attacking("pgd-40", {"smoke": 1_000, "standard": 110_000, "full": 600_000}),
+        ),
+    ),
     "04-certified": (
         40.0,
         (
