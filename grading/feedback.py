@@ -229,6 +229,47 @@ ASKED: dict[str, dict[str, str]] = {
         "repeated": "images that are counted twice",
         "quiet": "no honest row is accused",
     },
+    "residual": {
+        "nearest": "the benign picture nearest to each query",
+        "changed": "the share of pixels that differ in any channel",
+        "sizes": "L2 and L-inf of the residual, in units of [0, 1]",
+    },
+    "register": {
+        "turned": "the lattice's transform that turns the reference into the query",
+        "untouched": "a query that is its reference was not moved",
+    },
+    "family": {
+        "lp": "noise of bounded size, wherever it lies",
+        "patch": "one square, however different",
+        "spatial": "what turning and shifting explains, after one query or hundreds",
+        "sequence": "many different queries about one picture",
+        "restraint": "no family for what nothing explains, nor for a picture sent again",
+    },
+    "cause": {
+        "novel": "an attack outside the trained threat model, where the interval says so",
+        "overfitted": "an attack inside the trained threat model that works all the same",
+        "undecided": "no cause where the evidence does not carry one",
+    },
+    "mixed": {
+        "shares": "every image meets one attack or none, in equal shares",
+        "loss": "the mean cross-entropy over the whole batch, and its gradient",
+    },
+    "incident_gate": {
+        "clean": "the floor is met by the lower end of the interval",
+        "worst": "images that survive every trained family",
+        "held_out": "a family that was not trained, and what is not measured has not passed",
+        "adaptive": "images that survive the trained families and the attacker who adapts",
+    },
+    "response": {
+        "isolate": "contained when answers went wrong: soon after, and not before",
+        "evidence": "a snapshot with the attack in it, at the containment",
+        "proportion": "the attackers throttled, and nobody else",
+        "cause": "family and cause as the quarantine shows them, once it does",
+        "bridge": "an ensemble soon after the containment, until a canary takes over",
+        "mix": "what went into service withstands the old family, the new one, and is more diverse",
+        "gate": "nobody met a candidate that had not passed every bar",
+        "order": "diagnosis before training, canary before promotion, review at the end",
+    },
 }
 
 _templates = jinja2.Environment(

@@ -25,7 +25,11 @@ import robustkit.leaderboard
 import robustkit.losses
 import robustkit.results
 import robustkit.wrappers
+
+from robustkit.contracts.response import CANARY
+from robustkit.results import Interval
 from robustkit.threat import Ball
+from tests import responders
 
 
 @dataclass(frozen=True)
@@ -1447,3 +1451,294 @@ def bpda_with_a_hook(part, model):
         return model(x - x.detach() + passed)
 
     return through
+
+
+# --- lesson 7: triage, the gate, the response ---------------------------------------------------------
+
+
+@right("residual")
+def residual_in_numpy(query, benign):
+    apart = (benign.astype(float) - query) / 255
+    nearest = int(np.argmin((apart**2).sum((1, 2, 3))))
+    delta = np.abs(apart[nearest])
+    return nearest, (delta.max(2) > 0).mean(), np.sqrt((delta**2).sum()), delta.max()
+
+
+@right("residual")
+def residual_in_torch(query, benign):
+    apart = (torch.from_numpy(benign).double() - torch.from_numpy(query).double()).div(255)
+    lengths = apart.flatten(1).norm(dim=1)
+    delta = apart[lengths.argmin()]
+    return lengths.argmin(), delta.ne(0).any(2).double().mean(), lengths.min(), delta.abs().max()
+
+
+@right("residual")
+def residual_in_loops(query, benign):
+    best = (0, 0.0, math.inf, 0.0)
+    for i, picture in enumerate(benign.tolist()):
+        pixels = [
+            [abs(a - b) / 255 for a, b in zip(one, other, strict=True)]
+            for line, row in zip(query.tolist(), picture, strict=True)
+            for one, other in zip(line, row, strict=True)
+        ]
+        length = math.sqrt(sum(value**2 for pixel in pixels for value in pixel))
+        if length < best[2]:
+            best = (i, sum(max(p) > 0 for p in pixels) / len(pixels), length, max(map(max, pixels)))
+    return best
+
+
+@right("register")
+def register_in_one_batch(query, reference, threat):
+    lattice = threat.transforms()
+    turned = threat.transformed(reference.expand(len(lattice), *reference.shape), lattice)
+    return tuple(lattice[(turned - query).flatten(1).norm(dim=1).argmin()].tolist())
+
+
+@right("register")
+def register_one_by_one(query, reference, threat):
+    def distance(row):
+        return float((threat.transformed(reference[None], row[None])[0] - query).abs().sum())
+
+    return min(threat.transforms(), key=distance)
+
+
+@right("register")
+def register_from_the_identity(query, reference, threat):
+    best, least = (0.0, 0.0, 0.0), float((reference - query).square().sum())
+    for rows in threat.transforms().split(100):
+        found = threat.transformed(reference.repeat(len(rows), 1, 1, 1), rows)
+        errors = (found - query).square().sum((1, 2, 3))
+        if float(errors.min()) < least:
+            best, least = tuple(rows[errors.argmin()].numpy()), float(errors.min())
+    return best
+
+
+@right("family")
+def family_by_rules(m):
+    if m.linf <= 1.5 / 255:
+        return "repeated"
+    if m.window <= 0.5:
+        return "patch"
+    if m.explained >= 0.6 and m.ratio <= 0.5:
+        return "rotation-translation"
+    if m.bound <= 0.6 or (m.ratio <= 0.75 and m.explained < 0.6):
+        return "query sequence" if m.queries >= 5 else "lp"
+    return "unrelated"
+
+
+@right("family")
+def family_by_what_is_left(m):
+    near = m.bound < 0.5 or m.ratio < 0.7
+    if m.linf == 0:
+        return "repeated"
+    if not near and m.window > 0.6:
+        return "unrelated"
+    noise = "lp" if m.queries < 8 else "query sequence"
+    return "patch" if m.window < 0.6 else "rotation-translation" if m.explained > 0.5 else noise
+
+
+@right("family")
+def family_by_table(m):
+    table = {
+        "repeated": m.linf < 0.005,
+        "patch": m.window < 0.4,
+        "rotation-translation": m.explained > 0.87,
+        "query sequence": m.queries >= 10 and (m.bound < 0.5 or m.ratio < 0.8),
+        "lp": m.bound < 0.5 or m.ratio < 0.8,
+    }
+    return next((name for name, holds in table.items() if holds), "unrelated")
+
+
+@right("cause")
+def cause_by_both_ends(votes, outside):
+    if outside is None or votes.low <= 0.5:
+        return "undecided"
+    if outside.low > 0.5:
+        return "novel family"
+    return "overfitted" if outside.high < 0.5 else "undecided"
+
+
+@right("cause")
+def cause_by_bounds(votes, outside):
+    low, high = outside.bounds if outside else (0.0, 1.0)
+    if min(votes.bounds) > 0.5 and not low <= 0.5 <= high:
+        return ("overfitted", "novel family")[low > 0.5]
+    return "undecided"
+
+
+@right("cause")
+def cause_by_formula(votes, outside):
+    def ends(k, n, z=1.96):
+        centre, spread = (
+            (k + z * z / 2) / (n + z * z),
+            z * math.sqrt(k * (n - k) / n + z * z / 4) / (n + z * z),
+        )
+        return centre - spread, centre + spread
+
+    verdict = "undecided"
+    if outside is not None and ends(votes.k, votes.n)[0] > 1 / 2:
+        low, high = ends(outside.k, outside.n)
+        verdict = "novel family" if low > 1 / 2 else "overfitted" if high < 1 / 2 else verdict
+    return verdict
+
+
+@right("mixed")
+def mixed_by_parts(model, x, y, attacks, generator):
+    untouched, *parts = torch.arange(len(x)).tensor_split(len(attacks) + 1)
+    met = [attack(model, x[rows], y[rows], generator) for attack, rows in zip(attacks, parts, strict=True)]
+    return F.cross_entropy(model(torch.cat([x[untouched], *met])), y)
+
+
+@right("mixed")
+def mixed_in_turn(model, x, y, attacks, generator):
+    candidates = x.clone()
+    for number, attack in enumerate(attacks, 1):
+        rows = slice(number, None, len(attacks) + 1)
+        candidates[rows] = attack(model, x[rows], y[rows], generator)
+    return F.cross_entropy(model(candidates), y)
+
+
+@right("mixed")
+def mixed_at_random_in_passes(model, x, y, attacks, generator):
+    parts = torch.randperm(len(x), generator=generator).tensor_split(len(attacks) + 1)
+    total = F.cross_entropy(model(x[parts[0]]), y[parts[0]], reduction="sum")
+    for attack, rows in zip(attacks, parts[1:], strict=True):
+        candidates = attack(model, x[rows], y[rows], generator)
+        total = total + F.cross_entropy(model(candidates), y[rows], reduction="sum")
+    return total / len(x)
+
+
+@right("incident_gate")
+def gate_in_numpy(clean, trained, held_out, adaptive, floors):
+    worst = np.logical_and.reduce(list(trained.values()))
+    kept = {"clean": clean, "worst": worst, "held_out": held_out}
+    kept["adaptive"] = None if adaptive is None else worst & adaptive
+    return [
+        bar
+        for bar, array in kept.items()
+        if array is None or Interval(int(array.sum()), len(array)).low < floors[bar]
+    ]
+
+
+@right("incident_gate")
+def gate_image_by_image(clean, trained, held_out, adaptive, floors):
+    n, failed = len(clean), set()
+
+    def look(bar, *records):
+        if any(record is None for record in records):
+            failed.add(bar)
+            return
+        survived = sum(all(record[i] for record in records) for i in range(n))
+        if not Interval(survived, n).low >= floors[bar]:
+            failed.add(bar)
+
+    look("clean", clean)
+    look("worst", *trained.values())
+    look("held_out", held_out)
+    look("adaptive", *trained.values(), adaptive)
+    return failed
+
+
+@right("incident_gate")
+def gate_by_exclusion(clean, trained, held_out, adaptive, floors):
+    failed = dict.fromkeys(floors, True)
+    broken = sum((~kept).astype(int) for kept in trained.values()) > 0
+    measured = {"clean": clean, "worst": ~broken}
+    if held_out is not None:
+        measured["held_out"] = held_out
+    if adaptive is not None:
+        measured["adaptive"] = ~(broken | ~adaptive)
+    for bar, kept in measured.items():
+        failed[bar] = bool(floors[bar] > Interval(int(np.count_nonzero(kept)), kept.size).bounds[0])
+    return tuple(bar for bar in failed if failed[bar])
+
+
+right("response")(responders.perfect)
+
+
+@right("response")
+def response_that_waits_and_learns(report, memory):
+    """Two bad minutes before it contains; begins with two families, and adds one when the gate stops them."""
+    actions, bad = [], report.audit.high < 0.9
+    memory["bad"] = memory.get("bad", 0) + bad if bad else 0
+    rates = memory.setdefault("rates", {})
+    for account, k in report.flagged.items():
+        rates.setdefault(account, []).append(k)
+    if report.state == "normal" and memory["bad"] >= 1 and "over" not in memory:
+        actions.append(("suspect",))
+    if report.state == "suspect":
+        actions.append(("contain",) if memory["bad"] >= 2 else ("stand down",))
+        actions.append(("snapshot",))
+    if report.state != "contain":
+        if report.state == "recover" and report.minute - memory["canary"] >= 12:
+            actions.append(("promote", memory["number"]))
+        if report.state == "review":
+            memory["over"] = True
+            actions.append(("close",))
+        return actions
+    if report.bridge <= 2:
+        actions.append(("bridge", 45))
+    loud = [
+        account for account, seen in rates.items() if np.mean(seen[-3:]) > 4 and account in report.flagged
+    ]
+    actions += [("throttle", account) for account in loud if account not in memory.setdefault("done", [])]
+    memory["done"] += loud
+    found = report.triage
+    if "families" not in memory:
+        if found is None or found.votes is None or found.votes.low < 0.55:
+            return [*actions, ("snapshot",), ("triage",)]
+        family = found.family
+        actions.append(("diagnose", family, "novel family" if found.outside.share > 0.5 else "overfitted"))
+        memory["families"] = [*dict.fromkeys(["Linf", family])]
+        return [*actions, ("retrain", memory["families"])]
+    if len(report.candidates) > memory.get("looked", 0):
+        memory["looked"] = len(report.candidates)
+        newest = report.candidates[-1]
+        if all(share.low >= floor for share, floor in newest.bars.values()):
+            memory.update(canary=report.minute, number=newest.number)
+            actions.append(("canary", newest.number))
+        else:
+            left = [f for f in ("L2", "rotation-translation", "patch") if f not in memory["families"]]
+            memory["families"] = memory["families"] + left[: max(3 - len(memory["families"]), 1)]
+            actions.append(("retrain", memory["families"]))
+    return actions
+
+
+@right("response")
+def response_by_a_plan(report, memory):
+    """Looks into the burst of flags, finds the answers right, and stands down; then works a list off."""
+    minute, wrong = report.minute, report.audit.share < 0.8
+    if report.state == "normal":
+        loud = any(k > 8 for k in report.flagged.values()) and "over" not in memory
+        return [("suspect",), ("snapshot",)] if loud or (wrong and "over" not in memory) else []
+    if report.state == "suspect":
+        if not wrong:
+            return [("stand down",)]
+        memory["start"] = minute
+        return [("snapshot",), ("contain",), ("bridge", 60), ("triage",)]
+    if report.state == "contain":
+        plan = [
+            ("throttle", account)
+            for account, k in report.flagged.items()
+            if k > 4 and minute < memory["start"] + 6
+        ]
+        since = minute - memory["start"]
+        if since == 50:
+            plan.append(("bridge", 60))
+        if since < 12 and since % 4 == 0:
+            plan += [("snapshot",), ("triage",)]
+        if since == 14:
+            memory["family"] = report.triage.family
+            cause = "novel family" if report.triage.outside.low > 0.5 else "overfitted"
+            third = "patch" if memory["family"] != "patch" else "L2"
+            mix = {"Linf", memory["family"], third} | ({"L2"} if memory["family"] == "Linf" else set())
+            plan += [("diagnose", memory["family"], cause), ("retrain", mix)]
+        for candidate in report.candidates:
+            if min(share.low - floor for share, floor in candidate.bars.values()) >= 0:
+                memory["canary"] = minute
+                return [*plan, ("canary", candidate.number)]
+        return plan
+    if report.state == "recover":
+        return [("promote", 1)] if minute > memory["canary"] + CANARY else []
+    memory["over"] = True
+    return [("close",)]

@@ -12,7 +12,9 @@ from robustkit.contracts import (
     masking,
     measures,
     models,
+    response,
     tradeoff,
+    triage,
 )
 from robustkit.contracts.base import Arrays, Contract, Finding, examine, judge_safely, observe_safely
 from robustkit.contracts.oracle import LinearOracle
@@ -61,6 +63,13 @@ CONTRACTS: dict[str, Contract] = {
     "cost": tradeoff.COST,
     "route": tradeoff.ROUTE,
     "admissible": tradeoff.ADMISSIBLE,
+    "residual": triage.RESIDUAL,
+    "register": triage.REGISTER,
+    "family": triage.FAMILY,
+    "cause": triage.CAUSE,
+    "mixed": triage.MIXED,
+    "incident_gate": triage.GATE,
+    "response": response.RESPONSE,
 }
 
 __all__ = [
