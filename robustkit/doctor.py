@@ -126,6 +126,11 @@ LESSON_WORK: dict[str, tuple[float, tuple[Training | Attacking, ...]]] = {
             Attacking("pgd-40", {"smoke": 230, "standard": 52_000, "full": 983_000}, share=0.9),
         ),
     ),
+    "07-incident": (
+        60.0,  # with the detector and the registration of every held input
+        # Three retrained candidates, each judged in four families and by an attacker who adapts, by the forty steps.
+        (Attacking("pgd-40", {"smoke": 3_000, "standard": 70_000, "full": 350_000}),),
+    ),
     "08-attack-the-grader": (20.0, ()),  # it runs no model
 }
 

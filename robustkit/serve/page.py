@@ -116,10 +116,10 @@ def _share(share: Interval | None) -> str:
 
 def _triage(found: Triage) -> str:
     trained = "; ".join(found.trained) or "none was named"
-    rows = [(group.account[:12], *_row(group)) for group in found.groups]
+    rows = [(group.account[:16], *_row(group)) for group in found.groups]
     head = (
-        *("account", "family", "votes", "inputs", "L0", "L2", "L-inf"),
-        *("high frequencies", "window", "turned", "shifted", "explained", "outside"),
+        *("account", "family", "votes", "queries", "L0", "L2", "L-inf", "high frequencies", "window"),
+        *("turned, degrees", "shifted right, down", "explained", "outside"),
     )
     lead = (
         f"<p>{found.looked_at} of {found.held} quarantined inputs, in {len(found.groups)} groups of one account and "
@@ -143,15 +143,15 @@ def _row(group: Group) -> tuple[str, ...]:
     one = group.typical
     return (
         group.family,
-        str(group.votes),
-        str(len(group.inputs)),
+        f"{group.votes.k} of {group.votes.n}",
+        str(group.queries),
         f"{one.l0:.0%}",
         f"{one.l2:.2f}",
         f"{one.linf:.2f}",
         f"{one.high:.0%}",
         f"{one.window:.0%}",
-        f"{one.degrees:+.0f} degrees",
-        f"{one.right:+.1f}, {one.down:+.1f}",
+        f"{round(one.degrees)}",
+        f"{one.right:.1f}, {one.down:.1f}",
         f"{one.explained:.0%}",
         {None: "cannot be said", True: "yes", False: "no"}[group.outside],
     )

@@ -44,7 +44,7 @@ def attackers(side: int) -> dict[str, Attacker]:
         "pgd-linf": Attacker(triage.LP, partial(pgd, steps=10), Ball("Linf", linf), False),
         "pgd-l2": Attacker(triage.LP, partial(pgd, steps=10), Ball("L2", l2), False),
         "patch": Attacker(triage.PATCH, partial(patch_pgd, steps=10), Patch(patch), False),
-        "turn-once": Attacker(triage.SPATIAL, partial(spatial_random, draws=1), turned, False),
+        "turn-once": Attacker(triage.SPATIAL, partial(spatial_random, draws=20), turned, False),
         "turn-search": Attacker(triage.SPATIAL, partial(spatial_random, draws=20), turned, True),
         "square": Attacker(triage.SEQUENCE, partial(square, queries=60), Ball("Linf", linf), True),
     }
@@ -91,8 +91,8 @@ def record(
 ) -> tuple[Stream, dict[str, str]]:
     """A stream of `seconds` and the truth: for each account in quarantine, the attacker's name or "benign".
 
-    `benign` accounts ask about one image each, a tenth of them twice. In the middle third, `each` accounts of
-    every attacker attack an image of their own; with probability `seen` they first ask about the image
+    `benign` accounts ask about one image each, a tenth of them twice. From a third of that time on, `each` accounts
+    of every attacker attack an image of their own; with probability `seen` they first ask about the image
     itself. In quarantine are the attackers' later queries, and one benign query in fifty, as a detector errs.
     Shapes: as `Stream`. Randomness: `seed` alone.
     Raises: RobustkitError when the data have fewer images than accounts.
@@ -118,7 +118,7 @@ def record(
             position, account = next(left), f"{name}-{number:03d}"
             generator = seeded(seed, name, number)
             image, label = data.x[position], data.y[position]
-            start = draw.uniform(seconds / 3, seconds / 2)
+            start = draw.uniform(seconds / 3, seconds)
             if draw.random() < seen:
                 rows.append((start, account, stored(image[None])[0], False))
             for k, query in enumerate(stored(queries(attacker, model, image, label, generator)), 1):
