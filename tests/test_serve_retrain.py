@@ -216,3 +216,18 @@ def test_what_was_trained_cannot_be_held_out(champion, images):
     for families in ([MNIST["patch"]], []):
         with pytest.raises(RobustkitError, match="held-out family must not be trained"):
             gate(champion, images, families, MNIST["patch"], NOTHING, model_name="m", progress=False)
+
+
+def test_the_control_plane_reads_what_the_gate_found(engine, judged):
+    """A candidate that failed is known by its digest; one that passed, or was judged again and passed, is not."""
+    from robustkit.serve.admin import _failed
+
+    sound = dataclasses.replace(
+        judged, bars=tuple(dataclasses.replace(bar, floor=0.0) for bar in judged.bars)
+    )
+    stopped = with_floor(judged, 1.0)
+    digests = "a" * 64, "b" * 64
+    retrain.enter(engine, sound, digests[0], actor="gate", now=1.0)
+    event = retrain.enter(engine, stopped, digests[1], actor="gate", now=2.0)
+    assert event.body["bars"]["clean"] == [judged.bars[0].share.k, judged.bars[0].share.n, 1.0]
+    assert [_failed(engine, digest) for digest in digests] == [False, True]

@@ -118,8 +118,19 @@ def _triage(found: Triage) -> str:
     trained = "; ".join(found.trained) or "none was named"
     rows = [(group.account[:16], *_row(group)) for group in found.groups]
     head = (
-        *("account", "family", "votes", "queries", "L0", "L2", "L-inf", "high frequencies", "window"),
-        *("turned, degrees", "shifted right, down", "explained", "outside"),
+        *(
+            "account",
+            "family",
+            "outside",
+            "votes",
+            "queries",
+            "L0",
+            "L2",
+            "L-inf",
+            "high frequencies",
+            "window",
+        ),
+        *("turned, degrees", "shifted right, down", "explained"),
     )
     lead = (
         f"<p>{found.looked_at} of {found.held} quarantined inputs, in {len(found.groups)} groups of one account and "
@@ -143,6 +154,7 @@ def _row(group: Group) -> tuple[str, ...]:
     one = group.typical
     return (
         group.family,
+        {None: "cannot be said", True: "yes", False: "no"}[group.outside],
         f"{group.votes.k} of {group.votes.n}",
         str(group.queries),
         f"{one.l0:.0%}",
@@ -153,7 +165,6 @@ def _row(group: Group) -> tuple[str, ...]:
         f"{round(one.degrees)}",
         f"{one.right:.1f}, {one.down:.1f}",
         f"{one.explained:.0%}",
-        {None: "cannot be said", True: "yes", False: "no"}[group.outside],
     )
 
 
@@ -172,7 +183,8 @@ def _gate(gate: Gate, number: int) -> str:
     first = gate.evaluations[0]
     return (
         f"<section>\n<h2>Gate {number}: {escape(gate.model)}, {escape(verdict)}</h2>\n"
-        f"<p>Trained against {escape(', '.join(gate.families))}; {escape(gate.held_out)} was held out. A bar is passed "
+        f"<p>Families that it must withstand: {escape(', '.join(gate.families))}; held out of training: "
+        f"{escape(gate.held_out)}. A bar is passed "
         "when the lower end of its 95 % Wilson interval reaches the floor, which was set before. Data: "
         f"{escape(str(first.data))}; seed {first.seed}, tier {escape(first.tier)}, {escape(str(first.hardware))}.</p>\n"
         + _bars_figure(gate)

@@ -11,6 +11,7 @@ from typing import Self
 
 import torch
 import torch.nn.functional as F
+from sqlalchemy import Engine
 from torch import Tensor, nn
 
 from robustkit import results
@@ -21,6 +22,8 @@ from robustkit.device import tier as tier_of_this_run
 from robustkit.errors import RobustkitError
 from robustkit.evaluate import evaluate
 from robustkit.results import Evaluation, Interval
+from robustkit.serve import events
+from robustkit.serve.events import Event
 from robustkit.threat import Ball, Patch, PerturbationSet, RotationTranslation
 from robustkit.train import Run, Schedule, train
 
@@ -193,6 +196,21 @@ class Gate:
     def from_json(cls, text: str) -> Self:
         found: Self = results.from_json(cls, text, "the gate")
         return found
+
+
+def enter(engine: Engine, judged: Gate, model: str, *, actor: str, now: float) -> Event:
+    """Write what the gate found about the candidate of this digest into the chain, where the control plane reads it.
+
+    Raises: RobustkitError as `events.append`.
+    """
+    body = {
+        "model": model,
+        "passed": judged.passed,
+        "families": list(judged.families),
+        "held_out": judged.held_out,
+        "bars": {bar.name: [bar.share.k, bar.share.n, bar.floor] for bar in judged.bars},
+    }
+    return events.append(engine, "retrain.judged", body, actor=actor, now=now)
 
 
 def worst_case(evaluations: Sequence[Evaluation]) -> Interval:
