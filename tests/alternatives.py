@@ -25,7 +25,6 @@ import robustkit.leaderboard
 import robustkit.losses
 import robustkit.results
 import robustkit.wrappers
-
 from robustkit.contracts.response import CANARY
 from robustkit.results import Interval
 from robustkit.threat import Ball
