@@ -1741,3 +1741,277 @@ def response_by_a_plan(report, memory):
         return [("promote", 1)] if minute > memory["canary"] + CANARY else []
     memory["over"] = True
     return [("close",)]
+
+
+# --- guarding a service ------------------------------------------------------------------------------
+
+
+@right("query_detector")
+def blurred_by_mean_pooling(memory, account, image, capacity):
+    small = image.reshape(4, image.shape[0] // 4, 4, image.shape[1] // 4, 3).mean((1, 3)).ravel()
+    name = hashlib.sha256(image.tobytes()).digest()
+    kept = memory.get(account, [])
+    if any(name == other for other, _ in kept):
+        return False
+    near = any(np.abs(small - other).max() < 15 for _, other in kept)
+    memory[account] = [*kept, (name, small)][-capacity:]
+    return near
+
+
+@right("query_detector")
+def nearest_in_a_matrix(memory, account, image, capacity):
+    kept = memory.setdefault(account, [])
+    point = torch.from_numpy(image).flatten().double()
+    if not kept:
+        kept.append(point)
+        return False
+    nearest = torch.cdist(point[None], torch.stack(kept))[0].min() / len(point) ** 0.5
+    if nearest == 0:
+        return False
+    kept.insert(0, point)
+    while len(kept) > capacity:
+        kept.pop()
+    return bool(nearest < 12)
+
+
+@right("query_detector")
+def correlation_of_pixels(memory, account, image, capacity):
+    """Flagged by likeness; exact repeats are known by their bytes."""
+    kept = memory.setdefault(account, {})
+    centred = image.astype(float).ravel() - image.mean()
+    centred /= np.linalg.norm(centred) + 1e-9
+    key = image.tobytes()
+    if key in kept:
+        return np.bool_(False)
+    alike = np.bool_(any(centred @ other > 0.95 for other in kept.values()))
+    kept[key] = centred
+    if len(kept) > capacity:
+        del kept[next(iter(kept))]
+    return alike
+
+
+def _bound(k, n):
+    return stats.binomtest(k, n).proportion_ci(0.90, "exact").high if n else 1.0
+
+
+@right("benign")
+def binomtest_of_ninety_per_cent(flags, repeats, rate):
+    seen = flags[~repeats]
+    upper = _bound(int(seen.sum()), len(seen))
+    return seen.sum(), len(seen), upper, upper <= rate
+
+
+@right("benign")
+def bisection_of_the_tail(flags, repeats, rate):
+    pairs = [flag for flag, again in zip(flags.tolist(), repeats.tolist(), strict=True) if not again]
+    k, n, low, high = sum(pairs), len(pairs), 0.0, 1.0
+    while high - low > 1e-9:
+        middle = (low + high) / 2
+        low, high = (middle, high) if stats.binom.cdf(k, n, middle) > 0.05 else (low, middle)
+    return k, n, high, bool(high <= rate)
+
+
+@right("benign")
+def beta_quantile(flags, repeats, rate):
+    n = len(flags) - np.count_nonzero(repeats)
+    k = np.count_nonzero(flags & ~repeats)
+    upper = 1.0 if k == n else stats.beta(k + 1, n - k).ppf(0.95)
+    return k, n, upper, np.bool_(upper <= rate)
+
+
+@right("achieved")
+def successes_as_a_list(attempts, eps, budget):
+    attacked = [a for a in attempts if a.before == a.label]
+    queries = sorted(
+        a.queries
+        for a in attacked
+        if a.after not in (None, a.label) and a.size <= eps and a.queries <= budget
+    )
+    return len(queries), len(attacked), statistics.median(queries) if queries else None
+
+
+@right("achieved")
+def column_by_column(attempts, eps, budget):
+    rows = np.array([(a.label, a.before, -1 if a.after is None else a.after, a.queries) for a in attempts])
+    inside = np.array([a.size <= eps + 1e-6 for a in attempts])
+    fair = rows[:, 0] == rows[:, 1]
+    broken = fair & inside & (rows[:, 2] >= 0) & (rows[:, 2] != rows[:, 0]) & (rows[:, 3] <= budget)
+    return broken.sum(), fair.sum(), np.median(rows[broken, 3]) if broken.any() else None
+
+
+@right("achieved")
+def one_pass(attempts, eps, budget):
+    n, queries = 0, []
+    for a in attempts:
+        if a.before != a.label:
+            continue
+        n += 1
+        if a.after is None or a.after == a.label or a.size > eps or a.queries > budget:
+            continue
+        queries.append(a.queries)
+    return torch.tensor(len(queries)), n, torch.tensor(queries).double().quantile(0.5) if queries else None
+
+
+@right("evasion")
+def halving(passes, low, high, queries):
+    best = None
+    size = high
+    for _ in range(queries):
+        if passes(size):
+            best = high = size
+        else:
+            low = size
+        if best is None:
+            return None
+        size = (low + high) / 2
+    return best
+
+
+@right("evasion")
+def halving_the_ratio(passes, low, high, queries):
+    if not passes(high):
+        return None
+    for _ in range(queries - 1):
+        middle = math.sqrt(low * high)
+        if passes(middle):
+            high = middle
+        else:
+            low = middle
+    return high
+
+
+@right("evasion")
+def thirds_first(passes, low, high, queries):
+    """Spends a query on a third of the range before it halves."""
+    left = queries - 1
+    if not passes(high):
+        return None
+    if passes(low + (high - low) / 3):
+        high = low + (high - low) / 3
+    else:
+        low = low + (high - low) / 3
+    for _ in range(left - 1):
+        middle = low + 0.5 * (high - low)
+        low, high = (low, middle) if passes(middle) else (middle, high)
+    return high
+
+
+@right("pod")
+def every_field_set(pod, digest):
+    pod = copy.deepcopy(pod)
+    spec, (container,) = pod["spec"], pod["spec"]["containers"]
+    for host in ("hostNetwork", "hostPID", "hostIPC"):
+        spec[host] = False
+    spec["automountServiceAccountToken"] = False
+    container["securityContext"] = {
+        "runAsNonRoot": True,
+        "runAsUser": 20000,
+        "runAsGroup": 20000,
+        "privileged": False,
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+        "seccompProfile": {"type": "RuntimeDefault"},
+    }
+    container["resources"] = {
+        "limits": {"cpu": 1, "memory": "2Gi", "ephemeral-storage": "500Mi"},
+        "requests": {"cpu": 1},
+    }
+    container["image"] = container["image"].partition("@")[0].removesuffix(":latest") + "@sha256:" + digest
+    container["volumeMounts"] = [
+        {**mount, "readOnly": True} if mount["mountPath"] == "/models" else mount
+        for mount in container["volumeMounts"]
+    ]
+    return pod
+
+
+@right("pod")
+def through_json(pod, digest):
+    pod = json.loads(json.dumps(pod))
+    (container,) = pod["spec"]["containers"]
+    general, own = pod["spec"].setdefault("securityContext", {}), container.get("securityContext", {})
+    general.update(runAsNonRoot=True, runAsUser=10001, seccompProfile={"type": "RuntimeDefault"})
+    own = {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+    }
+    container.update(securityContext=own, image=f"registry.example/robustkit@sha256:{digest}")
+    limits = {"cpu": "1", "memory": "1Gi", "ephemeral-storage": "1Gi"}
+    container["resources"] = {**container.get("resources", {}), "limits": limits}
+    container["volumeMounts"][0]["readOnly"] = True
+    for key in [key for key in pod["spec"] if key.startswith("host")]:
+        del pod["spec"][key]
+    return {**pod, "spec": {**pod["spec"], "automountServiceAccountToken": False}}
+
+
+@right("pod")
+def only_what_is_wrong(pod, digest):
+    pod = copy.deepcopy(pod)
+    spec, container = pod["spec"], pod["spec"]["containers"][0]
+    general, own = spec["securityContext"], container["securityContext"]
+    if own.get("runAsUser") == 0:
+        del own["runAsUser"]
+    if general.get("runAsUser") == 0:
+        del general["runAsUser"]
+    own["runAsNonRoot"] = True
+    own.pop("privileged", None)
+    own["allowPrivilegeEscalation"] = False
+    own["capabilities"] = {"drop": ["ALL"], "add": []}
+    own["seccompProfile"] = {"type": "RuntimeDefault"}
+    own["readOnlyRootFilesystem"] = True
+    spec |= {"hostNetwork": False, "hostPID": False, "automountServiceAccountToken": False}
+    for mount in container["volumeMounts"]:
+        if mount["name"] == "models":
+            mount["readOnly"] = True
+    limits = container.setdefault("resources", {}).setdefault("limits", {})
+    for name, most in {"cpu": "2", "memory": "1Gi", "ephemeral-storage": "1Gi"}.items():
+        limits.setdefault(name, most)
+    if not container["image"].endswith(digest):
+        container["image"] = f"registry.example/robustkit@sha256:{digest}"
+    return pod
+
+
+def _wilson(k, n):
+    """The two ends of Wilson's interval, by hand."""
+    z = 1.959964
+    middle, half = (k + z * z / 2) / (n + z * z), z / (n + z * z) * math.sqrt(k * (n - k) / n + z * z / 4)
+    return middle - half, middle + half
+
+
+@right("canary")
+def by_hand(counts, bounds):
+    worst = "promote"
+    for name, bound in bounds.items():
+        k, n = counts[name]
+        low, high = _wilson(k, n) if n else (0.0, 1.0)
+        if low > bound:
+            return "rollback"
+        if high > bound:
+            worst = "wait"
+    return worst
+
+
+@right("canary")
+def exact_intervals(counts, bounds):
+    """Clopper and Pearson instead of Wilson: a little wider."""
+    lows, highs = {}, {}
+    for name, (k, n) in counts.items():
+        ends = stats.binomtest(k, n).proportion_ci() if n else None
+        lows[name], highs[name] = (ends.low, ends.high) if ends else (0, 1)
+    if any(lows[name] > bounds[name] for name in bounds):
+        return "rollback"
+    return "promote" if all(highs[name] <= bounds[name] for name in bounds) else "wait"
+
+
+@right("canary")
+def metric_by_metric(counts, bounds):
+    def verdict(name):
+        k, n = counts[name]
+        if n == 0:
+            return "wait"
+        low, high = _wilson(k, n)
+        return "rollback" if low > bounds[name] else "promote" if high <= bounds[name] else "wait"
+
+    verdicts = {verdict(name) for name in counts}
+    return next(word for word in ("rollback", "wait", "promote") if word in verdicts)

@@ -13,6 +13,7 @@ from robustkit.contracts import (
     measures,
     models,
     response,
+    service,
     tradeoff,
     triage,
 )
@@ -70,6 +71,12 @@ CONTRACTS: dict[str, Contract] = {
     "mixed": triage.MIXED,
     "incident_gate": triage.GATE,
     "response": response.RESPONSE,
+    "achieved": service.ACHIEVED,
+    "query_detector": service.QUERY_DETECTOR,
+    "benign": service.BENIGN,
+    "evasion": service.EVASION,
+    "pod": service.POD,
+    "canary": service.CANARY,
 }
 
 __all__ = [
