@@ -50,7 +50,8 @@ def _draw_queries(seed: int) -> Arrays:
         if kind in (_PATCH, _BOTH):
             row, column = draw.integers(0, 11, 2)
             change[row : row + 6, column : column + 6] += draw.choice((-8, 8), 3)
-        return np.clip(image + change, 0, 255)
+        moved: Array = np.clip(image + change, 0, 255)
+        return moved
 
     images: list[Array] = []
     accounts: list[int] = []

@@ -25,7 +25,19 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
-from sqlalchemy import BigInteger, Column, Engine, Float, LargeBinary, String, Table, delete, func, select
+from sqlalchemy import (
+    BigInteger,
+    Column,
+    Engine,
+    Float,
+    LargeBinary,
+    String,
+    Table,
+    bindparam,
+    delete,
+    func,
+    select,
+)
 
 from robustkit.serve.cache import Image
 from robustkit.serve.store import insert, metadata
@@ -100,6 +112,14 @@ class _Stateful(ABC):
 
     def __init__(self, engine: Engine, *, capacity: int, lasting: float, accounts: int) -> None:
         self._engine, self._capacity, self._lasting, self._accounts = engine, capacity, lasting, accounts
+        # Made once: to put a statement together costs more than to carry it out.
+        mine = (_sightings.c.detector == self.name) & (_sightings.c.account == bindparam("of"))
+        columns = (_sightings.c.ordinal, _sightings.c.at, _sightings.c.feature)
+        news = select(*columns).where(mine, _sightings.c.ordinal > bindparam("newest"))
+        # The newest first, so that a long absence costs no more than a full memory.
+        self._news = news.order_by(_sightings.c.ordinal.desc()).limit(capacity)
+        self._append = insert(engine, _sightings).on_conflict_do_nothing()
+        self._sweep = delete(_sightings).where(mine, _sightings.c.ordinal <= bindparam("last"))
         self._memories: OrderedDict[str, _Memory] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -113,7 +133,8 @@ class _Stateful(ABC):
     def _remembered(self, account: str) -> _Memory:
         """This account's memory; the one that was longest without a query makes room for it."""
         with self._lock:
-            memory = self._memories.setdefault(account, self._memory())
+            memory = self._memories.get(account) or self._memory()
+            self._memories[account] = memory
             self._memories.move_to_end(account)
             if len(self._memories) > self._accounts:
                 self._memories.popitem(last=False)
@@ -122,24 +143,17 @@ class _Stateful(ABC):
     def observe(self, account: str, image: Image, now: float) -> Verdict:
         feature = self.feature(image)
         memory = self._remembered(account)
-        mine = (_sightings.c.detector == self.name) & (_sightings.c.account == account)
-        columns = (_sightings.c.ordinal, _sightings.c.at, _sightings.c.feature)
         row = {"detector": self.name, "account": account, "at": now, "feature": feature.tobytes()}
         with memory.lock, self._engine.connect() as connection:
             while True:
-                # The newest first, so that a long absence costs no more than a full memory.
-                news = select(*columns).where(mine, _sightings.c.ordinal > memory.newest)
-                newest = news.order_by(_sightings.c.ordinal.desc()).limit(self._capacity)
-                for ordinal, at, stored in reversed(connection.execute(newest).all()):
+                news = connection.execute(self._news, {"of": account, "newest": memory.newest})
+                for ordinal, at, stored in reversed(news.all()):
                     memory.add(ordinal, at, np.frombuffer(stored, self._dtype))
                 score, evidence = memory.compare(feature, now - self._lasting)
                 ordinal = memory.newest + 1
-                appended = insert(connection, _sightings).values(ordinal=ordinal, **row)
-                taken = connection.execute(appended.on_conflict_do_nothing()).rowcount
+                taken = connection.execute(self._append, {"ordinal": ordinal, **row}).rowcount
                 if ordinal % _SWEEP == 0:
-                    connection.execute(
-                        delete(_sightings).where(mine, _sightings.c.ordinal <= ordinal - self._capacity)
-                    )
+                    connection.execute(self._sweep, {"of": account, "last": ordinal - self._capacity})
                 connection.commit()
                 if taken:  # otherwise another replica was first: what it added counts too
                     memory.add(ordinal, now, feature)
@@ -224,8 +238,10 @@ class Fingerprints(_Stateful):
 
     def feature(self, image: Image) -> NDArray[np.uint64]:
         levels = (image // self._STEP).ravel().astype(np.uint64)
-        hashes = np.unique(self._hashed(sliding_window_view(levels, self._WINDOW)))
-        return hashes[~np.isin(hashes, self._flat)][: self._KEPT]
+        hashes: NDArray[np.uint64] = np.sort(self._hashed(sliding_window_view(levels, self._WINDOW)))
+        hashes = hashes[np.append(True, hashes[1:] != hashes[:-1])]
+        telling: NDArray[np.uint64] = hashes[~np.isin(hashes, self._flat)]
+        return telling[: self._KEPT]
 
 
 class _Points(_Memory):
@@ -288,7 +304,7 @@ class LowFrequency(_Stateful):
 
     def feature(self, image: Image) -> NDArray[np.float32]:
         down, across = _cosines(image.shape[0], self._SIDE), _cosines(image.shape[1], self._SIDE)
-        low = np.einsum("uh,hwc,vw->uvc", down, image / 255, across, optimize=True).ravel()
+        low = np.tensordot(np.tensordot(down, image / 255, 1), across, (1, 1)).ravel()
         drawn = _generator(self._key, self.name).normal(size=(low.size, self._DIMENSIONS))
         projected: NDArray[np.float64] = low @ drawn / np.sqrt(self._DIMENSIONS * image.shape[2])
         return projected.astype(np.float32)
