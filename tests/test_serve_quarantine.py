@@ -3,14 +3,19 @@
 import hashlib
 import os
 import stat
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from sqlalchemy import func, select
 
 from robustkit.errors import RobustkitError
 from robustkit.serve.cache import Answers, digest
 from robustkit.serve.quarantine import Quarantine
+from robustkit.serve.server import running
+from robustkit.serve.store import metadata
+from tests.serving import settings
 
 KEY = bytes(range(32))
 SEALED = 12 + 12 + 8 * 8 * 3 + 16  # nonce, shape, pixels, tag
@@ -188,3 +193,27 @@ def test_the_digest_tells_images_apart_as_their_bytes_and_shapes_do():
     changed = image()
     changed[0, 0, 0] ^= 1
     assert len({digest(image()), digest(changed), digest(image().reshape(4, 16, 3))}) == 3
+
+
+# --- In the running service ---------------------------------------------------------------------------
+
+
+def test_the_service_lets_go_of_what_is_past_its_time(tmp_path):
+    with running(settings(tmp_path, tidy_seconds=0.05)) as here:
+        pipeline = here.replica.plane.pipeline
+        pipeline.quarantine.put("a", image(), "long ago", 0.0)
+        pipeline.answers.put("a", "d", "m", {}, 0.0)
+        for seed in range(2):
+            pipeline.detectors[0].observe("a", image(seed), 0.0)
+        end = time.monotonic() + 20
+        while pipeline.quarantine.items() or rows(here.replica.engine, "answers", "sightings") > 1:
+            assert time.monotonic() < end
+            time.sleep(0.02)
+    assert not list((tmp_path / "quarantine").glob("*/*"))
+
+
+def rows(engine, *tables):
+    with engine.connect() as connection:
+        return sum(
+            connection.scalar(select(func.count()).select_from(metadata.tables[name])) for name in tables
+        )

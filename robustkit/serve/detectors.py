@@ -76,6 +76,10 @@ class Detector(Protocol):
         """Compare with what the account sent before, then remember. Units: `now` in seconds since the epoch."""
         ...
 
+    def expire(self, now: float) -> int:
+        """Remove what is too old to compare with; how many rows."""
+        ...
+
 
 def _generator(key: bytes, use: str) -> np.random.Generator:
     """Randomness that every replica shares and no attacker knows."""

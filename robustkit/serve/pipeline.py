@@ -88,6 +88,12 @@ class Pipeline:
         body = {"account": account, "until": until, "reason": reason}
         events.append(self.engine, "account.banned", body, actor="service", now=now)
 
+    def expire(self, now: float) -> None:
+        """Let go of what is past its time: kept images, answers, what detectors remember."""
+        for holder in (self.quarantine, self.answers, *self.detectors):
+            if holder is not None:
+                holder.expire(now)
+
     def _keep(self, account: str, image: Pixels, reason: str, now: float) -> None:
         """Quarantine a flagged image. A disk that is full costs the copy, not the answer."""
         if self.quarantine is None:

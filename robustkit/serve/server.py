@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import queue
 import signal
 import socket
@@ -15,7 +16,7 @@ from dataclasses import dataclass, field
 import uvicorn
 from fastapi import FastAPI
 from sqlalchemy import Engine, insert
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
 from robustkit.errors import RobustkitError
 from robustkit.models import zoo
@@ -155,7 +156,9 @@ async def _serve(replica: Replica, listening: Listening, started: Callable[[Stop
         loop.call_soon_threadsafe(leave.set)
 
     started(stop)
+    tidying = asyncio.create_task(_tidy(replica))
     await leave.wait()
+    tidying.cancel()
     replica.plane.draining = True
     replica.plane.metrics.draining.set(1)
     log("draining", {"inside": replica.plane.pool.inside})
@@ -165,6 +168,16 @@ async def _serve(replica: Replica, listening: Listening, started: Callable[[Stop
     await asyncio.gather(*running)
     replica.close()
     log("stopped", {})
+
+
+async def _tidy(replica: Replica) -> None:
+    """Remove what is past its time, now and then. A store out of reach is tidied when it is back."""
+    while True:
+        try:
+            await asyncio.to_thread(replica.plane.pipeline.expire, time.time())
+        except (OSError, SQLAlchemyError) as error:
+            log("nothing was tidied", {"reason": type(error).__name__}, logging.WARNING)
+        await asyncio.sleep(replica.settings.tidy_seconds)
 
 
 def _config(settings: Settings, app: FastAPI) -> uvicorn.Config:

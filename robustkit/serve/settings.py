@@ -49,6 +49,7 @@ class Settings:
     body_seconds: float = 10
     settle_seconds: float = 0  # between "not ready" and closing the port, for a balancer to notice
     drain_seconds: float = 20
+    tidy_seconds: float = 600  # between two removals of what is past its time
     trusted_proxies: str = ""  # whose X-Forwarded-For is believed
     issuer: Issuer | None = None
     bounds: Bounds = field(default_factory=Bounds)
