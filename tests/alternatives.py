@@ -1362,7 +1362,9 @@ def diagnosis_by_gradients(model, x, y):
     if not _input_gradient(model, x, y, robustkit.losses.margin).any():
         return "shattered"
     flat = _input_gradient(model, x, y, robustkit.losses.cross_entropy).flatten(1)
-    return "saturated" if (flat.abs().amax(1) < 1e-30).float().mean() > 0.5 else "honest"
+    with torch.no_grad():
+        flat = flat[model(x).argmax(1) == y]
+    return "saturated" if (flat.abs().amax(1) < 1e-12).float().mean() > 0.5 else "honest"
 
 
 @right("diagnosis")

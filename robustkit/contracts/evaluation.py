@@ -96,7 +96,7 @@ def _draw_worst_case(seed: int) -> Arrays:
     d, n = 16, _EACH * len(_KINDS)
     signs = torch.where(torch.rand(d, generator=generator) < 0.5, -1.0, 1.0)
     w = (0.5 + torch.rand(d, generator=generator)) * signs
-    w[0] = 0.0  # a pixel that decides nothing: it may leave the box
+    w[0] = 0.0  # a pixel that decides nothing, black or white: it may leave the box, or the ball alone
     case: Arrays = {"w": w.numpy(), "b": np.float32(0.0)}
     for norm, low, high in (("Linf", 0.05, 0.1), ("L2", 0.2, 0.4)):
         eps = round(uniform(generator, low, high, 1).item(), 3)
@@ -104,11 +104,12 @@ def _draw_worst_case(seed: int) -> Arrays:
         kind = torch.arange(n) % len(_KINDS)
         y = torch.randint(2, (n,), generator=generator)
         towards = torch.where(y == 1, 1.0, -1.0)[:, None] * along  # raises the true class' logit
-        noise = 0.1 * torch.randn(n, d, generator=generator)
+        noise = 0.05 * torch.randn(n, d, generator=generator)
         noise = noise - (noise @ w)[:, None] * w / (w @ w)  # within the boundary
         clean_error = kind == _KINDS.index("clean_error")
         x = 0.5 + noise + torch.where(clean_error, -0.5, 0.5)[:, None] * eps * towards
-        x[:, 0] = 1.0
+        turn = torch.arange(n) // len(_KINDS)
+        x[:, 0] = (turn // 2 % 2).float()
         # A small step that changes no verdict; clean errors are carried back to their class.
         points = (x - 0.2 * eps * towards).expand(_ATTACKS, n, d).clone()
         points[:, clean_error] = (x + 0.9 * eps * towards)[clean_error]
@@ -118,7 +119,12 @@ def _draw_worst_case(seed: int) -> Arrays:
             reach[kind == _KINDS.index(name)] = share
         chosen = reach > 0
         changed = x - (reach * eps)[:, None] * towards
-        changed[kind == _KINDS.index("beyond_box"), 0] = 1 + 0.4 * eps
+        outwards = 2 * x[:, 0] - 1
+        changed[:, 0] += 0.4 * eps * outwards * (kind == _KINDS.index("beyond_box"))
+        # Of the candidates beyond the ball one in two is there by this pixel alone.
+        by_pixel = (kind == _KINDS.index("beyond_ball")) & (turn % 2 == 1)
+        changed[by_pixel] = (x - 0.8 * eps * towards)[by_pixel]
+        changed[by_pixel, 0] -= (1.6 * eps * outwards)[by_pixel]
         points[decisive[chosen], torch.arange(n)[chosen]] = changed[chosen]
         case |= {
             f"{norm}_x": x.view(n, 1, 4, 4).numpy(),

@@ -24,7 +24,7 @@ from robustkit.contracts.base import (
     text,
     untext,
 )
-from robustkit.contracts.oracle import LinearOracle, ValleyOracle, draw_linear, uniform
+from robustkit.contracts.oracle import SHAPE, LinearOracle, ValleyOracle, draw_linear, uniform
 from robustkit.data import load
 from robustkit.device import attackable, seeded, strict_fp32, tier
 from robustkit.models import pretrained
@@ -54,17 +54,36 @@ class Masked(nn.Module):
 
 
 def _draw_diagnosis(seed: int) -> Arrays:
-    """A linear model behind several of each kind of mask, in an order that tells nothing."""
-    case = draw_linear(seed)
+    """A linear model behind several of each kind of mask, in an order that tells nothing.
+
+    Most of its pixels decide nothing, and more than half of its labels are wrong. Images are far from the
+    boundary or near it; one honest model in two is so sure of the far ones, fewer than half of those it reads
+    right, that their cross-entropy has no gradient.
+    """
     generator = seeded(seed, "diagnosis")
+    d, images = int(np.prod(SHAPE)), 64
+    w = 0.05 + uniform(generator, 0, 0.2, d)
+    w[torch.randperm(d, generator=generator)[: 6 * d // 10].numpy()] = 0
+    w *= np.where(uniform(generator, 0, 1, d) < 0.5, -1, 1)
+    far = np.arange(images) % 8 < 3
+    along = np.where(far, uniform(generator, 0.15, 0.2, images), uniform(generator, 0.01, 0.018, images))
+    label = torch.randint(2, (images,), generator=generator).numpy()
+    x = 0.5 + (along * (2 * label - 1))[:, None] * np.sign(w)
+    y = np.where(np.arange(images) // 8 < 5, 1 - label, label)
+    # The logits of a far image then differ by 110 at least, those of a near one by 14 at most.
+    sure = 110 / (2 * 0.15 * np.abs(w).sum())
     n = len(KINDS) * _OF_EACH
     kind = torch.randperm(n, generator=generator) % len(KINDS)
     is_kind = {name: (kind == i).numpy() for i, name in enumerate(KINDS)}
     scale = uniform(generator, 1, 10, n)  # where cross-entropy still has a gradient
+    scale[np.flatnonzero(is_kind["honest"])[::2]] = sure
     scale[is_kind["saturated"]] = 10 ** uniform(generator, 5, 7, _OF_EACH)
     noise = np.where(is_kind["random"], uniform(generator, 0.02, 0.2, n), 0.0)
     levels = np.where(is_kind["shattered"], torch.randint(4, 17, (n,), generator=generator).numpy(), 0)
-    return {name: case[name] for name in ("w", "b", "x", "y")} | {
+    return {
+        "w": w.astype(np.float32),
+        "x": x.reshape(images, *SHAPE).astype(np.float32),
+        "y": y,
         "scale": scale,
         "noise": noise,
         "levels": levels,
@@ -79,7 +98,7 @@ def _observe_diagnosis(diagnose: Any, case: Arrays) -> Arrays:
             zip(case["scale"], case["noise"], case["levels"], strict=True)
         ):
             torch.manual_seed(i)  # the models draw their noise from the global state
-            oracle = LinearOracle(torch.from_numpy(case["w"]), float(case["b"]), dropout=0.0)
+            oracle = LinearOracle(torch.from_numpy(case["w"]), 0.0, dropout=0.0)
             model = Masked(oracle, float(scale), float(noise), int(levels)).eval()
             x, y = torch.from_numpy(case["x"].copy()), torch.from_numpy(case["y"].copy())
             said.append(str(diagnose(model, x, y)))
@@ -128,13 +147,18 @@ DRAWS, _KEPT = 25, 0.5
 
 
 class Sieve(nn.Module):
-    """z = <w, m (x - 0.5)> with a fresh m for every image of every call: a pixel is kept, doubled, or dropped."""
+    """z = <w, m (x - 0.5)> with a fresh m for every image of every call: a pixel is kept, doubled, or dropped.
+
+    It counts the images that it is asked about.
+    """
 
     def __init__(self, w: Tensor) -> None:
         super().__init__()
         self.w = nn.Parameter(w.clone())
+        self.asked = 0
 
     def forward(self, x: Tensor) -> Tensor:
+        self.asked += len(x)
         kept = (torch.rand_like(x) < _KEPT).float() / _KEPT
         z = (kept * (x - 0.5)).flatten(1) @ self.w
         return torch.stack([-z, z], 1)
@@ -149,17 +173,18 @@ def _observe_eot(eot: Any, case: Arrays) -> Arrays:
     x = torch.from_numpy(case["x"].copy()).requires_grad_()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        logits = eot(Sieve(torch.from_numpy(case["w"])).eval(), DRAWS)(x)
+        model = Sieve(torch.from_numpy(case["w"])).eval()
+        logits = eot(model, DRAWS)(x)
     gradient = (
         torch.autograd.grad(logits[..., -1].sum(), x)[0] if logits.requires_grad else torch.zeros_like(x)
     )
-    return {"logits": numbers(logits), "gradient": numbers(gradient)}
+    return {"logits": numbers(logits), "gradient": numbers(gradient), "asked": np.int64(model.asked)}
 
 
 def _judge_eot(case: Arrays, evidence: Arrays) -> list[Finding]:
     x = case["x"].astype(np.float64).reshape(len(case["x"]), -1) - 0.5
     w = case["w"].astype(np.float64)
-    shaped(evidence, {"gradient": case["x"].shape})
+    shaped(evidence, {"gradient": case["x"].shape, "asked": ()})
     if evidence["logits"].shape != (len(x), 2):
         hint = f"expected logits of shape {(len(x), 2)}, got {evidence['logits'].shape}"
         return everywhere(EOT, "WRONG_SHAPE", hint)
@@ -170,7 +195,10 @@ def _judge_eot(case: Arrays, evidence: Arrays) -> list[Finding]:
     if np.abs(off.mean(0)).max() > 0.75:
         hint = f"the logits are not the mean of those of {DRAWS} calls"
         found.append(Finding("mean", "NOT_THE_MEAN", hint))
-    if not 0.4 < (ratio := float((off**2).mean())) < 2.2:
+    if (asked := evidence["asked"].item()) != DRAWS * len(x):
+        hint = f"the model is asked {asked / len(x):g} times about each image, not {DRAWS} times"
+        found.append(Finding("fresh", "WRONG_DRAWS", hint))
+    elif not 0.4 < (ratio := float((off**2).mean())) < 2.2:
         hint = f"the answers scatter {ratio:.2g} times as much as those of {DRAWS} fresh draws do"
         found.append(Finding("fresh", "WRONG_DRAWS", hint))
     if not evidence["gradient"].any():

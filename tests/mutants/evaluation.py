@@ -133,6 +133,23 @@ def ball_of_the_other_norm(model, x, y, candidates, norm, eps):
     return _right(model, x, y) & ~fooled.any(0)
 
 
+@mutant("worst_case", valid="BALL_NOT_CHECKED")
+def only_brighter_pixels_measured(model, x, y, candidates, norm, eps):
+    def inside(c):
+        return (c - x).flatten(1).amax(1) <= eps + TOLERANCE if norm == "Linf" else _in_ball(x, c, norm, eps)
+
+    fooled = torch.stack([~_right(model, c, y) & inside(c) & _in_box(c) for c in candidates]).any(0)
+    return _right(model, x, y) & ~fooled
+
+
+@mutant("worst_case", valid="BOX_NOT_CHECKED")
+def only_white_measured(model, x, y, candidates, norm, eps):
+    fooled = [
+        ~_right(model, c, y) & _in_ball(x, c, norm, eps) & (c.flatten(1).amax(1) <= 1) for c in candidates
+    ]
+    return _right(model, x, y) & ~torch.stack(fooled).any(0)
+
+
 @mutant("worst_case", valid="ROUNDING_REJECTED")
 def not_a_millionth_more(model, x, y, candidates, norm, eps):
     fooled = torch.stack(

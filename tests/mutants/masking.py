@@ -31,45 +31,60 @@ def _draws(model, x):
         return not torch.equal(model(x), model(x))
 
 
-def _zero(gradient):
-    return (gradient == 0).all(1).float().mean()
+def _zero(model, x, y, loss):
+    """The share of zero gradients among the images that are read right."""
+    with torch.no_grad():
+        right = model(x).argmax(1) == y
+    return (_gradient(model, x, y, loss) == 0).all(1)[right].float().mean()
 
 
 def _right_diagnosis(model, x, y):
     if _draws(model, x):
         return "random"
-    if _zero(_gradient(model, x, y, margin)) > 0.5:
+    if _zero(model, x, y, margin) > 0.5:
         return "shattered"
-    return "saturated" if _zero(_gradient(model, x, y, cross_entropy)) > 0.5 else "honest"
+    return "saturated" if _zero(model, x, y, cross_entropy) > 0.5 else "honest"
 
 
 @mutant("diagnosis", random="WRONG_DIAGNOSIS")
 def asked_once(model, x, y):
-    if _zero(_gradient(model, x, y, margin)) > 0.5:
+    if _zero(model, x, y, margin) > 0.5:
         return "shattered"
-    return "saturated" if _zero(_gradient(model, x, y, cross_entropy)) > 0.5 else "honest"
+    return "saturated" if _zero(model, x, y, cross_entropy) > 0.5 else "honest"
 
 
 @mutant("diagnosis", shattered="WRONG_DIAGNOSIS")
 def cross_entropy_alone(model, x, y):
     if _draws(model, x):
         return "random"
-    return "saturated" if _zero(_gradient(model, x, y, cross_entropy)) > 0.5 else "honest"
+    return "saturated" if _zero(model, x, y, cross_entropy) > 0.5 else "honest"
 
 
 @mutant("diagnosis", saturated="WRONG_DIAGNOSIS")
 def zero_gradients_are_all_one(model, x, y):
     if _draws(model, x):
         return "random"
-    return "shattered" if _zero(_gradient(model, x, y, cross_entropy)) > 0.5 else "honest"
+    return "shattered" if _zero(model, x, y, cross_entropy) > 0.5 else "honest"
 
 
 @mutant("diagnosis", saturated="WRONG_DIAGNOSIS")
-def every_image_must_be_saturated(model, x, y):
+def wrong_labels_counted_too(model, x, y):
     found = _right_diagnosis(model, x, y)
-    if found == "saturated" and _zero(_gradient(model, x, y, cross_entropy)) < 1:
-        return "honest"
-    return found
+    zero = (_gradient(model, x, y, cross_entropy) == 0).all(1).float().mean()
+    return "honest" if found == "saturated" and zero < 0.5 else found
+
+
+@mutant("diagnosis", honest="FALSE_ALARM")
+def one_saturated_image_is_enough(model, x, y):
+    found = _right_diagnosis(model, x, y)
+    return "saturated" if found == "honest" and _zero(model, x, y, cross_entropy) > 0 else found
+
+
+@mutant("diagnosis", honest="FALSE_ALARM")
+def one_pixel_without_gradient_is_enough(model, x, y):
+    found = _right_diagnosis(model, x, y)
+    zero = (_gradient(model, x, y, margin) == 0).any(1).float().mean()
+    return "shattered" if found == "honest" and zero > 0.5 else found
 
 
 @mutant("diagnosis", honest="FALSE_ALARM")
@@ -120,6 +135,11 @@ def same_draw_every_time(model, draws):
 @mutant("eot", fresh="WRONG_DRAWS", gradient="WRONG_GRADIENT", mean="NOT_COUNTED")
 def a_fifth_of_the_draws(model, draws):
     return EOT(model, draws // 5)
+
+
+@mutant("eot", fresh="WRONG_DRAWS")
+def one_draw_too_few(model, draws):
+    return EOT(model, draws - 1)
 
 
 @mutant("eot", mean="NOT_THE_MEAN", fresh="WRONG_DRAWS", gradient="WRONG_GRADIENT")
