@@ -194,3 +194,26 @@ def test_answers_through_sandbox_and_judge(tmp_path, wrong):
         if mark.points < mark.maximum:
             lost.setdefault(mark.exercise.removesuffix("_check"), {})[mark.criterion] = mark.notes[0].code
     assert lost == {exercise: costs for exercise, (_, costs) in wrong.items()}
+
+
+def cause_given(known):
+    """Names what the recording will show, in the first minute in which triage says this much about it."""
+    case = response.draw(5)
+    family = response.FAMILIES[int(case["leading"])]
+    cause = "overfitted" if family == "Linf" else "novel family"
+
+    def respond(report, memory):
+        votes = report.triage.votes if report.triage else None
+        if report.minute > case["onset"] and known(votes) and not memory:
+            memory["named"] = True
+            return [("diagnose", family, cause)]
+        return [("snapshot",), ("triage",)] if report.minute >= case["onset"] else []
+
+    evidence = {"decisions": response.replayed(case, respond)}
+    return {finding.code for finding in response.judge(case, evidence) if finding.criterion == "cause"}
+
+
+def test_a_right_guess_is_a_guess_until_the_votes_carry_it():
+    assert cause_given(lambda votes: True) == {"GUESSED"}
+    assert cause_given(lambda votes: votes is not None and votes.low <= 0.5) == {"GUESSED"}
+    assert cause_given(lambda votes: votes is not None and votes.low > 0.5) == set()
