@@ -11,6 +11,7 @@ from grading import notebooks, pipeline
 from grading.demo import fill
 from grading.fresh import Server
 from grading.workspace import repository
+from robustkit.contracts import service
 from robustkit.lessons import LESSONS
 
 LESSON = LESSONS["06-secure-the-api"]
@@ -108,3 +109,23 @@ def test_how_many_quiet_pictures_a_claim_needs():
     quiet = np.arange(1, 1000)
     assert quiet[beta.ppf(0.95, 1, quiet) <= 0.005][0] == 598
     assert beta.ppf(0.95, 1, 300) == pytest.approx(0.0099, abs=1e-4)
+
+
+def test_the_judge_of_pods_and_the_checker_of_manifests_agree_on_every_mistake():
+    """Two readings of the same rules, written apart: what the one lets pass, the other must too."""
+    manifests = pytest.importorskip("robustkit.serve.manifests")
+    digest = "0" * 64
+
+    def verdicts(pod):
+        checked = {finding.rule for finding in manifests.check([pod])} - {"network-policy"}
+        return bool(service._faults(pod, digest)), bool(checked)
+
+    assert verdicts(service._hardened(digest)) == (False, False)
+    for i in range(len(service._mistakes(service._hardened(digest)))):
+        pod = service._hardened(digest)
+        where, key, value = service._mistakes(pod)[i]
+        if value is None:
+            del where[key]
+        else:
+            where[key] = value
+        assert verdicts(pod) == (True, True), (key, value)
