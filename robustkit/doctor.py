@@ -126,6 +126,12 @@ LESSON_WORK: dict[str, tuple[float, tuple[Training | Attacking, ...]]] = {
             Attacking("pgd-40", {"smoke": 230, "standard": 52_000, "full": 983_000}, share=0.9),
         ),
     ),
+    "06-secure-the-api": (
+        40.0,
+        # Queries of every attack on every gate: a forward pass, and a look into a detector's memory that costs as much
+        # as several; counted by the hundred forward passes of `noise`.
+        (Attacking("noise", {"smoke": 3_000, "standard": 250_000, "full": 14_000_000}),),
+    ),
     "07-incident": (
         60.0,  # with the detector and the registration of every held input
         # Three retrained candidates, each judged in four families and by an attacker who adapts, by the forty steps.

@@ -214,6 +214,6 @@ def cause_given(known):
 
 
 def test_a_right_guess_is_a_guess_until_the_votes_carry_it():
-    assert cause_given(lambda votes: True) == {"GUESSED"}
-    assert cause_given(lambda votes: votes is not None and votes.low <= 0.5) == {"GUESSED"}
+    assert cause_given(lambda votes: True) == {"CAUSE_GUESSED"}
+    assert cause_given(lambda votes: votes is not None and votes.low <= 0.5) == {"CAUSE_GUESSED"}
     assert cause_given(lambda votes: votes is not None and votes.low > 0.5) == set()

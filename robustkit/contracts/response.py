@@ -378,7 +378,7 @@ def _cause(case: Arrays, told: Course) -> _Lost:
     if named[-1][0] != right:
         return "WRONG_CAUSE", "the quarantine speaks for another family or another cause"
     if not named[-1][1]:
-        return "GUESSED", "named before the votes of a triage, at the lower end, were most of them"
+        return "CAUSE_GUESSED", "named before the votes of a triage, at the lower end, were most of them"
     return None
 
 
@@ -388,7 +388,7 @@ def _bridge(told: Course, answered: int | None) -> _Lost:
         return "NO_BRIDGE", f"{SOON} minutes after the containment the fallback answered alone"
     gaps = [minute for minute in told.stops if minute >= bridges[0]]
     if gaps:
-        return "GAP", f"the ensemble ended before a canary took over: minute {gaps[0]}"
+        return "BRIDGE_ENDED", f"the ensemble ended before a canary took over: minute {gaps[0]}"
     return None
 
 
@@ -397,10 +397,11 @@ def _mix(case: Arrays, told: Course) -> _Lost:
     if not promoted:
         return "NOT_PROMOTED", "nothing better than the champion went into service"
     families = told.families[promoted[-1][1]]
-    if not families.issuperset(TRAINED):
-        return "OLD_FORGOTTEN", "what withstood yesterday's attack falls to it today"
-    if FAMILIES[int(case["leading"])] not in families:
-        return "NEW_MISSING", "the family that attacked is not among those trained against"
+    if not families.issuperset({*TRAINED, FAMILIES[int(case["leading"])]}):
+        return (
+            "FAMILY_LEFT_OUT",
+            "what attacked today, or what was withstood yesterday, was not trained against",
+        )
     if len(families) < 3:
         return "NOT_DIVERSE", "the next family will be new again"
     return None

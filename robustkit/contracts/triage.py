@@ -81,7 +81,7 @@ def _judge_residuals(case: Arrays, evidence: Arrays) -> list[Finding]:
         code, hint = "WRONG_SIZE", "L2 and L-inf of the residual, in units where images lie in [0, 1]"
         wrapped = (queries - benign[right[:, 0].astype(int)]).astype(np.float64) / 255
         if np.allclose(got[:, 3], wrapped.max((1, 2, 3)), atol=1e-5):
-            code, hint = "WRAPPED", "3 - 5 is 254 in unsigned bytes"
+            code, hint = "BYTES_WRAPPED", "3 - 5 is 254 in unsigned bytes"
         elif np.allclose(got[:, 2:], 255 * right[:, 2:], rtol=1e-5):
             code, hint = "GREY_LEVELS", "threat models are stated in units of [0, 1]"
         found.append(Finding("sizes", code, hint))
@@ -231,7 +231,7 @@ def _judge_family(case: Arrays, evidence: Arrays) -> list[Finding]:
         shown = ", ".join(f"{name} {value:.2g}" for name, value in one._asdict().items())
         code = "FAMILY_MISSED"
         if right == "unrelated" and answer != _NONE:
-            code = "GUESSED"
+            code = "FAMILY_GUESSED"
         elif said == "'query sequence'":
             code = "SEARCH_NOT_PERTURBATION"
         elif said == "'unrelated'":

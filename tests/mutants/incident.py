@@ -27,7 +27,7 @@ declare(
     "residual",
     "unsigned_bytes_wrap_around",
     changed(linf=lambda q, b, _: (q - b).max() / 255, l2=lambda q, b, _: np.linalg.norm((q - b) / 255)),
-    sizes="WRAPPED",
+    sizes="BYTES_WRAPPED",
 )
 declare(
     "residual",
@@ -99,7 +99,7 @@ def seen_as(**values):
 declare("family", "no_registration", seen_as(explained=0.0), spatial="SEARCH_NOT_PERTURBATION")
 declare("family", "no_window", seen_as(window=1.0), patch="EXPLAINED_AND_MISSED")
 declare("family", "no_bound", seen_as(bound=1.0), lp="EXPLAINED_AND_MISSED", sequence="EXPLAINED_AND_MISSED")
-declare("family", "no_ratio", seen_as(ratio=0.1), restraint="GUESSED")
+declare("family", "no_ratio", seen_as(ratio=0.1), restraint="FAMILY_GUESSED")
 declare("family", "single_queries_alone", seen_as(queries=1), sequence="FAMILY_MISSED")
 declare("family", "any_repetition_is_an_attack", seen_as(linf=0.5), restraint="FAMILY_MISSED")
 
@@ -222,6 +222,12 @@ def gate_of_the_first_family(clean, trained, held_out, adaptive, floors):
     return list(failing(kept(clean, first, held_out, adaptive), floors))
 
 
+@mutant("incident_gate", everywhere="WRONG_VERDICT")
+def gate_that_names_what_passed(clean, trained, held_out, adaptive, floors):
+    measured = kept(clean, trained, held_out, adaptive)
+    return [bar for bar in measured if bar not in set(failing(measured, floors))]
+
+
 # --- the response ------------------------------------------------------------------------------------
 
 
@@ -260,7 +266,7 @@ declare(
     "panicking",
     responders.panicking,
     **{"isolate": "FALSE_ALARM", "proportion": "BENIGN_BLOCKED", "cause": "NOT_NAMED", "bridge": "NO_BRIDGE"},
-    **{"mix": "OLD_FORGOTTEN", "gate": "FAILED_BAR_SERVED", "order": "RETRAINED_FIRST"},
+    **{"mix": "FAMILY_LEFT_OUT", "gate": "FAILED_BAR_SERVED", "order": "RETRAINED_FIRST"},
 )
 declare(
     "response",
@@ -275,6 +281,16 @@ declare(
     **{"bridge": "NO_BRIDGE", "mix": "NOT_PROMOTED", "gate": "NOT_PROMOTED", "order": "NOT_CLOSED"},
 )
 declare("response", "no_bridge", without("bridge"), bridge="NO_BRIDGE")
+declare(
+    "response",
+    "snapshot_at_leisure",
+    but(
+        lambda action, report, memory: (
+            [] if action[0] == "snapshot" and report.minute <= memory["contained"] + 2 else [action]
+        )
+    ),
+    evidence="EVIDENCE_TOO_LATE",
+)
 declare("response", "nobody_throttled", without("throttle"), proportion="ATTACKERS_LEFT")
 declare("response", "never_closed", without("close"), order="NOT_CLOSED")
 declare("response", "cause_kept_to_itself", without("diagnose"), cause="NOT_NAMED", order="RETRAINED_FIRST")
@@ -288,7 +304,7 @@ declare(
             else [action]
         )
     ),
-    bridge="GAP",
+    bridge="BRIDGE_ENDED",
 )
 declare(
     "response",
