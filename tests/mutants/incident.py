@@ -363,3 +363,14 @@ def canary_of_a_minute(report, memory):
     if report.state == "recover":
         return [("promote", 1)]
     return responders.perfect(report, memory)
+
+
+@mutant("response", cause="CAUSE_GUESSED")
+def names_the_cause_by_the_first_two_attacks(report, memory):
+    actions = [action for action in responders.perfect(report, memory) if action[0] != "diagnose"]
+    seen = report.triage
+    if seen and seen.votes and "named" not in memory:
+        memory["named"] = True
+        cause = "novel family" if seen.outside.share > 0.5 else "overfitted"
+        actions.append(("diagnose", seen.family, cause))
+    return actions
