@@ -53,6 +53,12 @@ declare(
     changed(changed=lambda q, b, _: (q != b).any(2).sum()),
     changed="COUNT_NOT_SHARE",
 )
+declare(
+    "residual",
+    "share_of_large_changes",
+    changed(changed=lambda q, b, _: (np.abs(q.astype(int) - b) > 25).any(2).mean()),
+    changed="WRONG_SHARE",
+)
 declare("residual", "always_the_first", changed(nearest=lambda q, b, benign: 0), nearest="WRONG_NEAREST")
 
 # --- registration ------------------------------------------------------------------------------------
@@ -173,6 +179,15 @@ def mixed_labels_out_of_order(model, x, y, attacks, generator):
     untouched, *parts = torch.arange(len(x)).tensor_split(len(attacks) + 1)
     met = [attack(model, x[rows], y[rows], generator) for attack, rows in zip(attacks, parts, strict=True)]
     return F.cross_entropy(model(torch.cat([*met, x[untouched]])), y)
+
+
+@mutant("mixed", loss="WRONG_GRADIENT")
+def mixed_learns_from_clean_images_alone(model, x, y, attacks, generator):
+    untouched, *parts = torch.arange(len(x)).tensor_split(len(attacks) + 1)
+    met = [attack(model, x[rows], y[rows], generator) for attack, rows in zip(attacks, parts, strict=True)]
+    logits = model(torch.cat([x[untouched], *met]))
+    learnt = torch.arange(len(x))[:, None] < len(untouched)
+    return F.cross_entropy(torch.where(learnt, logits, logits.detach()), y)
 
 
 # --- the gate ----------------------------------------------------------------------------------------
