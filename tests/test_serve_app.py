@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 
 from robustkit import models
 from robustkit.errors import RobustkitError
-from robustkit.serve import auth
+from robustkit.serve import auth, events
 from robustkit.serve.auth import Issuer
 from robustkit.serve.pipeline import spoken
 from robustkit.serve.refusal import Refused
@@ -97,6 +97,44 @@ def test_duplicates_are_answered_from_the_cache_and_counted(service):
     assert first["label"] == second["label"]
     assert first["request_id"] != second["request_id"]
     assert metric(service, "robustkit_duplicates_total") == before + 1
+
+
+# --- what operators see ---------------------------------------------------------------------------------
+
+
+def test_telemetry_counts_every_answer_and_changes_none(tmp_path):
+    """Roughness of a checkerboard is 1, of a grey picture 0; a repeat is measured once."""
+    board = (255 * (np.indices((28, 28)).sum(0) % 2)).astype(np.uint8)
+    with running(settings(tmp_path, mode="off", squeeze_every=1)) as here:
+        for body in (png(board), png(np.full((28, 28), 99, np.uint8)), png(board)):
+            assert ask(here, body).status_code == 200
+        for name in ("roughness", "confidence", "squeezing"):
+            assert metric(here, f"robustkit_{name}_count") == 2
+        assert metric(here, "robustkit_roughness_sum") == pytest.approx(1.0)
+        assert 0.2 <= metric(here, "robustkit_confidence_sum") <= 2.0
+
+
+def test_telemetry_of_a_model_that_fails_costs_no_answer(tmp_path):
+    with running(settings(tmp_path, mode="off", squeeze_every=1)) as here:
+        pipeline = here.replica.plane.pipeline
+        model = pipeline.router.champion
+        with torch.no_grad():
+            answered = pipeline.router.scores([("champion", model)], np.zeros((28, 28, 1), np.uint8))[1]
+            next(model.model.parameters()).fill_(float("nan"))
+        pipeline._measure(np.zeros((28, 28, 1), np.uint8), "0" * 64, answered, model)
+        assert metric(here, "robustkit_confidence_count") == 1
+        assert metric(here, "robustkit_squeezing_count") == 0
+
+
+def test_the_head_of_the_chain_is_published(tmp_path):
+    with running(settings(tmp_path)) as here:
+        seq, digest = events.newest(here.replica.engine)
+        assert metric(here, "robustkit_events") == seq > 0
+        key = {"Authorization": f"Bearer {here.replica.credentials.metrics}"}
+        text = httpx.get(f"{here.url}/metrics", headers=key).text
+        assert f'robustkit_chain_info{{digest="{digest}"}} 1.0' in text
+        events.append(here.replica.engine, "drill.begun", {}, actor="a test", now=1.0)
+        assert metric(here, "robustkit_events") == seq + 1
 
 
 # --- who may ask ----------------------------------------------------------------------------------------

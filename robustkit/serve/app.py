@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
+from sqlalchemy.exc import SQLAlchemyError
 from starlette.requests import ClientDisconnect
 
 from robustkit import __version__
@@ -141,6 +143,8 @@ def create_app(plane: Plane) -> FastAPI:
         if not same(bearer(request.headers.get("authorization")), plane.metrics_token):
             raise Refused(401, "this is not the metrics credential; it lies in credentials.json.")
         plane.metrics.inside.set(plane.pool.inside)
+        with suppress(SQLAlchemyError):  # a store out of reach: what was known before stands
+            await asyncio.to_thread(plane.pipeline.publish)
         return Response(plane.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     return app

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,8 +22,10 @@ from robustkit.serve.logs import log
 from robustkit.serve.metrics import Metrics
 from robustkit.serve.quarantine import Quarantine
 from robustkit.serve.refusal import Refused
+from robustkit.serve.registry import Served
 from robustkit.serve.routing import Chosen, Router
 from robustkit.serve.settings import Settings
+from robustkit.serve.telemetry import Images, Scores, roughness, squeezing
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,7 @@ class Pipeline:
         model, scores = self.router.scores(chosen, image)
         told = spoken(scores, chosen[0][1].labels, output)
         self.metrics.answers.labels(chosen[0][0], model[:12]).inc()
+        self._measure(image, name, scores, chosen[0][1])
         if self.answers and asked.startswith(model):  # not what a substitute said for a model that failed
             self.answers.put(account, name, asked, told, now)
         return told
@@ -87,6 +91,28 @@ class Pipeline:
         self.metrics.bans.inc()
         body = {"account": account, "until": until, "reason": reason}
         events.append(self.engine, "account.banned", body, actor="service", now=now)
+
+    def _measure(self, image: Pixels, name: str, scores: NDArray[np.float64], model: Served) -> None:
+        """Telemetry of one input; what costs two more predictions, of a sample that its digest draws."""
+        self.metrics.confidence.observe(float(scores.max()))
+        self.metrics.roughness.observe(float(roughness(image[None])[0]))
+        every = self.settings.squeeze_every
+        if every and int(name[:8], 16) % every == 0:
+
+            def predict(images: Images) -> Scores:
+                return np.stack([model.probabilities(one) for one in images])
+
+            with suppress(RuntimeError, FloatingPointError):  # of a model whose substitute has answered
+                self.metrics.squeezing.observe(float(squeezing(predict, image[None])[0]))
+
+    def publish(self) -> tuple[int, str]:
+        """Tell the metrics what the store holds; return its newest event, an anchor to keep elsewhere."""
+        seq, head = events.newest(self.engine)
+        self.metrics.events.set(seq)
+        self.metrics.chain.info({"digest": head})
+        if self.quarantine is not None:
+            self.metrics.quarantined.set(self.quarantine.usage()[0])
+        return seq, head
 
     def expire(self, now: float) -> None:
         """Let go of what is past its time: kept images, answers, what detectors remember."""

@@ -171,10 +171,12 @@ async def _serve(replica: Replica, listening: Listening, started: Callable[[Stop
 
 
 async def _tidy(replica: Replica) -> None:
-    """Remove what is past its time, now and then. A store out of reach is tidied when it is back."""
+    """Now and then, remove what is past its time and log the chain's head; not while the store is out of reach."""
     while True:
         try:
             await asyncio.to_thread(replica.plane.pipeline.expire, time.time())
+            seq, head = await asyncio.to_thread(replica.plane.pipeline.publish)
+            log("chain", {"events": seq, "digest": head})  # an anchor where logs are kept
         except (OSError, SQLAlchemyError) as error:
             log("nothing was tidied", {"reason": type(error).__name__}, logging.WARNING)
         await asyncio.sleep(replica.settings.tidy_seconds)

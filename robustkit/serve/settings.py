@@ -39,6 +39,7 @@ class Settings:
     mode: str = "reject"  # what a flagged query meets
     detectors: tuple[str, ...] = DETECTORS
     cache: bool = True  # exact duplicates are answered from what was answered before
+    squeeze_every: int = 200  # images of which one is squeezed for telemetry; 0: none
     ban_after: int = 5  # flags, in mode ban
     ban_seconds: float = 3_600
     account_rate: str = "600/minute"
@@ -64,7 +65,15 @@ class Settings:
             raise RobustkitError(
                 f"detectors {sorted(unknown)} are unknown; choose of {', '.join(DETECTORS)}."
             )
-        least = {"workers": 1, "queue": 0, "readers": 1, "replicas": 1, "ban_after": 1, "most_bytes": 1}
+        least = {
+            "workers": 1,
+            "squeeze_every": 0,
+            "queue": 0,
+            "readers": 1,
+            "replicas": 1,
+            "ban_after": 1,
+            "most_bytes": 1,
+        }
         for name, bound in least.items():
             if getattr(self, name) < bound:
                 raise RobustkitError(f"{name} must be at least {bound}; got {getattr(self, name)}.")
