@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import nbformat
 import pytest
 import torch
 
-from grading import notebooks, pipeline
-from grading.demo import fill
-from grading.fresh import Server
-from grading.workspace import repository
 from robustkit import leaderboard
 from robustkit.contracts.masking import BALL, LEFT, suspects
 from robustkit.data import load
 from robustkit.lessons import LESSONS
 from robustkit.results import Interval
 from robustkit.threat import Ball
+from tests import judged
 
 LESSON = LESSONS["02-attacks-and-evaluation"]
 IMPORTS = """
@@ -115,27 +111,8 @@ def standing(k, n, entries):
 
 @pytest.mark.slow
 def test_wrong_answers_lose_what_they_must_and_a_stub_loses_all(tmp_path):
-    release = notebooks.read_release(repository().release(LESSON.id))
-    submission = fill(release, {cell: source for cell, (source, _) in WRONG.items()})
-    # The text and the measurements between the exercises take a minute, and are not what is judged.
-    submission.cells = [c for c in submission.cells if notebooks.grade_id(c)]
-    submission.cells.insert(0, nbformat.v4.new_code_cell(IMPORTS))
-    nbformat.write(submission, tmp_path / "submission.ipynb")
-    with Server() as server:
-        records = pipeline.assess(
-            tmp_path / "submission.ipynb",
-            LESSON.id,
-            repository().release(LESSON.id),
-            tmp_path,
-            "s-2",
-            tmp_path / "secret",
-            pipeline.Settings(),
-            server,
-        )
-    lost: dict[str, dict[str, str]] = {}
-    for mark in records.marks:
-        if mark.points < mark.maximum:
-            lost.setdefault(mark.exercise.removesuffix("_check"), {})[mark.criterion] = mark.notes[0].code
+    answers = {cell: source for cell, (source, _) in WRONG.items()}
+    lost = judged.lost(LESSON.id, judged.answered(LESSON.id, answers, IMPORTS), tmp_path)
     untouched = dict.fromkeys("ABC", "NOT_BROKEN")
     assert lost == {exercise: costs for exercise, (_, costs) in WRONG.items()} | {"s2_break": untouched}
 

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import nbformat
 import pytest
 import torch
 
-from grading import notebooks, pipeline
-from grading.demo import fill
-from grading.fresh import Server
-from grading.workspace import repository
 from robustkit.certify import confidence
 from robustkit.certify.certificates import Smoothing
 from robustkit.certify.smoothing import votes
 from robustkit.device import seeded
 from robustkit.lessons import LESSONS
 from robustkit.models import zoo
+from tests import judged
 
 LESSON = LESSONS["04-certified"]
 IMPORTS = """
@@ -89,27 +85,8 @@ def log_faults(rows, sigma, n, alpha):
 
 @pytest.mark.slow
 def test_wrong_answers_lose_what_they_must_and_a_stub_loses_all(tmp_path):
-    release = notebooks.read_release(repository().release(LESSON.id))
-    submission = fill(release, {cell: source for cell, (source, _) in WRONG.items()})
-    # The text and the measurements between the exercises take minutes, and are not what is judged.
-    submission.cells = [c for c in submission.cells if notebooks.grade_id(c)]
-    submission.cells.insert(0, nbformat.v4.new_code_cell(IMPORTS))
-    nbformat.write(submission, tmp_path / "submission.ipynb")
-    with Server() as server:
-        records = pipeline.assess(
-            tmp_path / "submission.ipynb",
-            LESSON.id,
-            repository().release(LESSON.id),
-            tmp_path,
-            "s-4",
-            tmp_path / "secret",
-            pipeline.Settings(),
-            server,
-        )
-    lost: dict[str, dict[str, str]] = {}
-    for mark in records.marks:
-        if mark.points < mark.maximum:
-            lost.setdefault(mark.exercise.removesuffix("_check"), {})[mark.criterion] = mark.notes[0].code
+    answers = {cell: source for cell, (source, _) in WRONG.items()}
+    lost = judged.lost(LESSON.id, judged.answered(LESSON.id, answers, IMPORTS), tmp_path)
     stub = dict.fromkeys(LESSON.exercise("s4_ibp_check").points, "NOT_IMPLEMENTED")
     assert lost == {exercise: costs for exercise, (_, costs) in WRONG.items()} | {"s4_ibp": stub}
 

@@ -8,15 +8,12 @@ import nbformat
 import numpy as np
 import pytest
 
-from grading import notebooks, pipeline
-from grading.demo import fill
-from grading.fresh import Server
 from grading.workspace import repository
 from robustkit.contracts import CONTRACTS, examine, response
 from robustkit.lessons import LESSONS, award
 from robustkit.results import Interval
 from robustkit.serve import incident
-from tests import responders
+from tests import judged, responders
 
 LESSON = LESSONS["07-incident"]
 SEEDS = range(12)
@@ -131,18 +128,14 @@ def test_the_attacker_is_not_in_the_case_that_the_kernel_sees():
 
 def solved(wrong):
     """The released notebook with the reference solutions, but for some; only what is judged is kept."""
-    path = repository().source(LESSON.id)
-    solution = nbformat.read(path, 4)
+    solution = nbformat.read(repository().source(LESSON.id), 4)
     answers = {
         cell.metadata["nbgrader"]["grade_id"]: cell.source
         for cell in solution.cells
         if cell.cell_type == "code" and cell.metadata.get("nbgrader", {}).get("solution")
     }
-    submission = fill(notebooks.read_release(repository().release(LESSON.id)), answers | wrong)
-    setup = next(cell for cell in submission.cells if "setup" in cell.metadata.get("tags", []))
-    submission.cells = [c for c in submission.cells if notebooks.grade_id(c)]
-    submission.cells.insert(0, nbformat.v4.new_code_cell(setup.source))
-    return submission
+    setup = next(cell for cell in solution.cells if "setup" in cell.metadata.get("tags", []))
+    return judged.answered(LESSON.id, answers | wrong, setup.source)
 
 
 WRONG = {
@@ -175,24 +168,8 @@ WRONG = {
 @pytest.mark.parametrize("wrong", [{}, WRONG], ids=["reference", "wrong"])
 def test_answers_through_sandbox_and_judge(tmp_path, wrong):
     """The reference gets full marks; wrong answers lose what they must, and are told why."""
-    nbformat.write(
-        solved({cell: source for cell, (source, _) in wrong.items()}), tmp_path / "submission.ipynb"
-    )
-    with Server() as server:
-        records = pipeline.assess(
-            tmp_path / "submission.ipynb",
-            LESSON.id,
-            repository().release(LESSON.id),
-            tmp_path,
-            "s-7",
-            tmp_path / "secret",
-            pipeline.Settings(),
-            server,
-        )
-    lost: dict[str, dict[str, str]] = {}
-    for mark in records.marks:
-        if mark.points < mark.maximum:
-            lost.setdefault(mark.exercise.removesuffix("_check"), {})[mark.criterion] = mark.notes[0].code
+    submission = solved({cell: source for cell, (source, _) in wrong.items()})
+    lost = judged.lost(LESSON.id, submission, tmp_path)
     assert lost == {exercise: costs for exercise, (_, costs) in wrong.items()}
 
 
