@@ -31,7 +31,7 @@ def sections(events: Sequence[Event], triage: Triage | None = None, gates: Seque
 
 
 def _clock(at: float) -> str:
-    return datetime.datetime.fromtimestamp(at, datetime.UTC).isoformat(timespec="seconds")
+    return f"{datetime.datetime.fromtimestamp(at, datetime.UTC):%Y-%m-%d %H:%M:%S}"
 
 
 # --- timeline ----------------------------------------------------------------------------------------
@@ -57,7 +57,7 @@ def _timeline(events: Sequence[Event]) -> str:
         "last one with the anchor that was published.</p>\n"
         + _states_figure(events)
         + report.table(
-            "Events, in order", ("time", "minutes", "event", "actor", "reason", "model", "digest"), rows
+            "Events, in order", ("time, UTC", "minutes", "event", "actor", "reason", "model", "digest"), rows
         )
         + "</section>\n"
     )
@@ -118,19 +118,8 @@ def _triage(found: Triage) -> str:
     trained = "; ".join(found.trained) or "none was named"
     rows = [(group.account[:16], *_row(group)) for group in found.groups]
     head = (
-        *(
-            "account",
-            "family",
-            "outside",
-            "votes",
-            "queries",
-            "L0",
-            "L2",
-            "L-inf",
-            "high frequencies",
-            "window",
-        ),
-        *("turned, degrees", "shifted right, down", "explained"),
+        *("account", "family", "outside", "votes", "queries", "L0", "L2", "L-inf", "high", "window"),
+        *("turned and shifted", "explained"),
     )
     lead = (
         f"<p>{found.looked_at} of {found.held} quarantined inputs, in {len(found.groups)} groups of one account and "
@@ -144,7 +133,9 @@ def _triage(found: Triage) -> str:
         + '<p class="warning"><strong>What triage cannot see.</strong> A single input whose original nobody has '
         'queried is "unrelated": it may be an attack or a new picture.</p>\n'
         + report.table(
-            "Groups, the largest first; the input nearest to the median stands for its group", head, rows
+            "Groups, the largest first; the input nearest to the median stands for its group; shifts: right, down",
+            head,
+            rows,
         )
         + "</section>\n"
     )
@@ -162,8 +153,7 @@ def _row(group: Group) -> tuple[str, ...]:
         f"{one.linf:.2f}",
         f"{one.high:.0%}",
         f"{one.window:.0%}",
-        f"{round(one.degrees)}",
-        f"{one.right:.1f}, {one.down:.1f}",
+        f"{one.degrees:+.0f}\N{DEGREE SIGN}, {one.right:+.1f}, {one.down:+.1f}",
         f"{one.explained:.0%}",
     )
 
