@@ -324,8 +324,8 @@ class Runs:
 
     @cached_property
     def square(self) -> Tensor:
-        if self.x.dim() != 4 or self.ball.norm not in ("Linf", "L2"):
-            raise NotRun("Square searches over squares of an image, in Linf and L2 balls alone")
+        if self.x.dim() != 4:
+            raise NotRun("Square searches over squares of an image")
         return self.breaks("square", partial(square, queries=self.budget.queries), only=~self.white_box)
 
     @cached_property

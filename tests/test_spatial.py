@@ -231,6 +231,12 @@ def test_random_draws_are_the_lattices_each_example_its_own_and_the_worst_is_kep
     assert far.asked == 400 * (1 + 1 + 10 + 2)
 
 
+def test_random_draws_stay_on_the_lattice():
+    x, y = images(40), torch.zeros(40, dtype=torch.int64)
+    near = Template(THREAT.transformed(x, torch.tensor([[60.0, 4, 4]]).expand(40, 3)), -1.0)
+    assert THREAT.contains(x, spatial_random(near, x, y, THREAT, draws=10, generator=seeded(0))).all()
+
+
 def test_random_stops_at_what_fools_and_the_grid_breaks_no_less():
     x = images(30)
     y = torch.zeros(30, dtype=torch.int64)
