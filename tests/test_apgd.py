@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from robustkit.attacks import apgd, apgd_targeted
-from robustkit.device import Prepared, seeded
+from robustkit.data import load
+from robustkit.device import Prepared, attackable, seeded
 from robustkit.errors import RobustkitError
 from robustkit.losses import Loss, cross_entropy, dlr, dlr_targeted, margin, towards
+from robustkit.models import pretrained
 from robustkit.threat import NORMS, Ball
 from tests.oracle import DUAL, Linear, everywhere, interior, linear, margins, strongest
 
@@ -44,7 +46,7 @@ def test_apgd_breaks_exactly_what_the_closed_form_says(norm):
     fooled = margins(model, apgd(model, x, y, ball, steps=50, generator=seeded(0)), y) < 0
     assert not (fooled & (m > limit * 1.0001)).any()
     # An L1 step never moves fewer than two coordinates, and the optimum lies along one.
-    assert (fooled | (m > limit * (0.8 if norm == "L1" else 0.999))).all()
+    assert (fooled | (m > limit * (0.75 if norm == "L1" else 0.999))).all()
     assert 40 < fooled.sum() < 360
 
 
@@ -189,6 +191,41 @@ def test_all_targets_together_break_what_pyautoattacks_do(curved):
     one = broken(model, apgd_targeted(model, x, y, ball, steps=30, targets=1, generator=seeded(0)), y)
     assert int((ours != theirs).sum()) <= 1  # the starts differ
     assert int(ours.sum()) >= int(one.sum())
+
+
+def resisting_l1(steps: int = 30) -> tuple[int, int, int]:
+    """Digits that resist APGD in L1: of ours, of pyautoattack's schedule of balls, of ours in the ball alone."""
+    from pyautoattack.autopgd_base import APGDAttack
+
+    model, digits, ball = pretrained("mnist-pgd"), load("digits", "test", limit=60), Ball("L1", 6)
+    right = ~broken(model, digits.x, digits.y)
+    x, y = digits.x[right], digits.y[right]
+    peer = APGDAttack(model, n_iter=steps, norm="L1", eps=ball.eps, device="cpu", use_largereps=True)
+    peer.loss = "ce"
+    with torch.random.fork_rng(devices=[]), attackable(model):
+        theirs = peer.perturb(x, y)
+    start = ball.candidates(x, ball.random(x, seeded(0)))
+    ours = apgd(model, x, y, ball, steps=steps, generator=seeded(0))
+    alone = apgd(model, x, y, ball, steps=steps, start=start)
+    assert ball.contains(x, ours).all()
+    return tuple(int((~broken(model, found, y)).sum()) for found in (ours, theirs, alone))
+
+
+def check_larger_balls() -> None:
+    ours, theirs, alone = resisting_l1()
+    assert abs(ours - theirs) <= 4
+    assert ours + 6 <= alone
+
+
+def test_larger_balls_first_break_more_in_l1_as_pyautoattacks_do():
+    check_larger_balls()
+
+
+@pytest.mark.parametrize("larger", [(), (1, 1), (3, 3)])
+def test_other_balls_break_less(larger, monkeypatch):
+    monkeypatch.setattr(MODULE, "LARGER", larger)
+    with pytest.raises(AssertionError):
+        check_larger_balls()
 
 
 # --- wrong programs, which the checks above must refuse --------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -16,6 +17,7 @@ from robustkit.threat import Ball, check_batch, check_logits, per_example
 
 MOMENTUM = 0.25  # share of the last move in the next one; 1 - alpha in the paper
 RHO = 0.75  # share of the steps between two checkpoints that must raise the loss
+LARGER, EARLY = (3, 2), 0.3  # in L1: balls of so many eps come first, each for this share of the steps
 
 
 def apgd(
@@ -33,17 +35,21 @@ def apgd(
     """Auto-PGD: momentum, and a step that is halved, from the best point so far, when progress stalls.
 
     Source: Croce & Hein 2020 (arXiv 2003.01690), algorithm 1; for L1 balls Croce & Hein 2021 (arXiv
-    2103.01208), whose step moves only as many coordinates as the best point so far needed.
+    2103.01208), whose step moves only as many coordinates as the best point so far needed, and which spends
+    60 % of the steps in balls of three and of two eps, to find where to begin.
     Differences: a point that is confirmed to fool the model is kept at once and leaves the batch, which
     changes nothing for the others. As in the authors' code the step is halved when at most (not: less
     than) 75 % of the steps raised the loss; unlike it, the first of these rises is counted from the
-    start's own loss, not from zero. The start is uniform in the ball, theirs near its surface.
+    start's own loss, not from zero. The start is uniform in the ball, theirs near its surface. In a larger
+    ball a point stops where it fools the model, theirs goes on to ever higher loss, further away.
+    `pretrained("mnist-pgd")`, L1 eps 10, 100 steps, 200 MNIST test images, seed 0: without larger balls 165
+    resist cross-entropy and 164 DLR, with them 128 and 128; pyautoattack's own schedule leaves 125 and 147.
     From the same start pyautoattack, with that one count mended, breaks the same points and reaches the
     same highest loss to 1e-5 on a smooth network; in L1, where rounding decides which coordinates count as
     unchanged, a few points in a hundred differ, by at most 0.1. The tests hold it to that.
     Shapes: x (n, ...), y (n,) -> (n, ...): the point that fools the model, else that of highest loss.
     Units: inputs in [0, 1].
-    Randomness: the starts, from `generator` alone; `start` replaces them by given images.
+    Randomness: the starts, from `generator` alone; `start` replaces them, and the larger balls, by images.
     Raises: RobustkitError on a batch outside [0, 1], steps or restarts below 1, a start outside the
     ball, restarts from one given start, or unusable logits.
     """
@@ -51,9 +57,8 @@ def apgd(
     check_schedule(x, ball, steps, restarts, start)
 
     def attempt(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        clean = x[rows]
-        begin = ball.candidates(clean, ball.random(clean, generator)) if start is None else start
-        return _run(model, clean, y[rows, None], ball, begin, steps, loss)
+        given = None if start is None else start[rows]
+        return _attempt(model, x[rows], y[rows, None], ball, given, steps, loss, generator)
 
     with attackable(model):
         return worst_case(x, [attempt] * restarts)
@@ -85,9 +90,8 @@ def apgd_targeted(
         raise RobustkitError(f"targets must be at least 1; got {targets}.")
 
     def attempt(target: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        clean, labels = x[rows], torch.stack([y[rows], target[rows]], 1)
-        begin = ball.candidates(clean, ball.random(clean, generator)) if start is None else start[rows]
-        return _run(model, clean, labels, ball, begin, steps, loss)
+        labels, given = torch.stack([y[rows], target[rows]], 1), None if start is None else start[rows]
+        return _attempt(model, x[rows], labels, ball, given, steps, loss, generator)
 
     with attackable(model):
         with torch.no_grad():
@@ -97,6 +101,29 @@ def apgd_targeted(
         likeliest = wrong.topk(min(targets, logits.shape[1] - 1), dim=1).indices
         attempts: list[Attempt] = [partial(attempt, target) for target in likeliest.unbind(1)]
         return worst_case(x, attempts)
+
+
+def _attempt(
+    model: Model,
+    clean: Tensor,
+    labels: Tensor,
+    ball: Ball,
+    start: Tensor | None,
+    steps: int,
+    loss: Callable[..., Tensor],
+    generator: torch.Generator | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A run from `start`, or from a random point; in L1 from what runs in larger balls make of one."""
+    stages, early = [(ball, steps)], int(EARLY * steps)
+    if start is None and ball.norm == "L1" and early > 0:
+        larger = [(replace(ball, eps=times * ball.eps), early) for times in LARGER]
+        stages = [*larger, (ball, steps - len(larger) * early)]
+    delta = stages[0][0].random(clean, generator) if start is None else start - clean
+    for within, steps_within in stages:
+        begin = within.candidates(clean, delta)
+        found, highest, fooled = _run(model, clean, labels, within, begin, steps_within, loss)
+        delta = found - clean
+    return found, highest, fooled
 
 
 def _run(
