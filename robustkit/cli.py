@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from robustkit.doctor import Diagnosis
     from robustkit.evaluate import Runner
     from robustkit.leaderboard import Entry, Leaderboard, Standing
-    from robustkit.results import Audit, Evaluation
+    from robustkit.results import Audit, Evaluation, Hardware
     from robustkit.serve.server import Running
     from robustkit.serve.triage import Triage
     from robustkit.threat import Ball
@@ -158,7 +158,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     images = _images(options, _IMAGES[tier] if options.n is None else options.n)
     _check_fits(model, _architecture(options), images)
     batch_size = min(scale.shared(lambda: device.batch_size(model, images.x)))
-    with scale.journal_of_rank(journal) as path, _runner(options) as runner:
+    with scale.journal_of_rank(journal) as path, _runner(options) as (runner, machines):
         evaluation = evaluate.evaluate(
             model,
             images,
@@ -174,7 +174,11 @@ def _evaluate(options: argparse.Namespace) -> int:
         )
     if scale.rank() > 0:
         return 0
-    evaluation = replace(evaluation, notes=(_weights_note(options), *evaluation.notes))
+    evaluation = replace(
+        evaluation,
+        hardware=machines[0] if machines else evaluation.hardware,
+        notes=(_weights_note(options), *evaluation.notes, *(f"also done on {kind}" for kind in machines[1:])),
+    )
     write_atomically(out, f"{evaluation.to_json()}\n".encode())
     journal.unlink()
     print(evaluation.to_json() if options.json else _evaluation_text(evaluation, out))
@@ -233,12 +237,15 @@ def _curve(options: argparse.Namespace) -> int:
 
 
 @contextmanager
-def _runner(options: argparse.Namespace) -> Iterator[Runner]:
-    """Who does the jobs of an evaluation: the workers of --dask, or the ranks of a torchrun, mostly one."""
+def _runner(options: argparse.Namespace) -> Iterator[tuple[Runner, list[Hardware]]]:
+    """Who does the jobs of an evaluation, and on which machines if not here.
+
+    They are the workers of --dask, or the ranks of a torchrun, mostly one.
+    """
     from robustkit import scale
 
     if options.dask is None:
-        yield scale.ranks
+        yield scale.ranks, []
         return
     if scale.world() > 1:
         raise RobustkitError("--dask under torchrun would do everything twice; leave out one of the two.")
@@ -246,7 +253,7 @@ def _runner(options: argparse.Namespace) -> Iterator[Runner]:
 
     files = {"ca_file": options.tls_ca_file, "cert": options.tls_cert, "key": options.tls_key}
     with cluster.connected(options.dask, **files) as client:
-        yield cluster.workers(client)
+        yield cluster.workers(client), cluster.machines(client)
 
 
 def _tls_certificates(options: argparse.Namespace) -> int:

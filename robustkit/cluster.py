@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -24,8 +25,10 @@ from distributed.comm.core import CommClosedError
 from distributed.security import Security
 
 from robustkit import __version__
+from robustkit.device import hardware
 from robustkit.errors import RobustkitError
 from robustkit.evaluate import Job, Runner
+from robustkit.results import Hardware
 
 RETRIES = (
     2  # of a job that raises; a job whose worker dies goes elsewhere, as `allowed-failures` of Dask says
@@ -108,6 +111,11 @@ def _quiet() -> Iterator[None]:
 
 def _versions() -> str:
     return f"robustkit {__version__} and torch {torch.__version__}"
+
+
+def machines(client: Client) -> list[Hardware]:
+    """The kinds of machine that the workers run on, the most frequent first."""
+    return [kind for kind, _ in Counter(client.run(hardware).values()).most_common()]
 
 
 def workers(client: Client) -> Runner:

@@ -9,15 +9,16 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 
 import robustkit
-from robustkit import cli, cluster
+from robustkit import cli, cluster, device
 from robustkit.errors import RobustkitError
 from robustkit.models import pretrained
+from robustkit.results import Evaluation
 from tests.ranked import Watched, measured
 from tests.test_scale import ROOT, SECONDS, timeless
 
@@ -125,6 +126,20 @@ def kill_at_work(workers: list[subprocess.Popen[bytes]], folder: Path, killed: l
             killed.append(worker.pid)
     for hold in folder.glob("hold-*"):
         hold.unlink()
+
+
+@pytest.mark.slow
+def test_the_result_names_the_machine_of_the_workers(dask, tmp_path, monkeypatch):
+    monkeypatch.setattr(device, "_cpu_name", lambda: "the client's")
+    robustkit.save_weights(pretrained("mnist-pgd"), tmp_path / "model.safetensors")
+    command = [tmp_path / "model.safetensors", "--data", "digits", "--n", "8", "--attacks", "fgsm"]
+    command += ["--dask", dask.address, "--tls-ca-file", dask.certificate]
+    command += ["--tls-cert", dask.certificate, "--tls-key", dask.key]
+    assert cli.main(["evaluate", *map(str, command)]) == 0
+    found = Evaluation.from_json((tmp_path / "eval.json").read_text())
+    assert device.hardware().cpu == "the client's"
+    monkeypatch.undo()
+    assert found.hardware == replace(device.hardware(), threads=1)
 
 
 @pytest.mark.slow
