@@ -88,7 +88,7 @@ def test_an_attack_breaks_exactly_what_the_closed_form_says(norm, attack):
     if attack is not ATTACKS["rs_fgsm"]:
         slack = 0.9999 if norm == "Linf" or attack is fgsm else 0.9
         if norm == "L1" and attack in (ATTACKS["apgd"], ATTACKS["apgd, targeted"]):
-            slack = 0.8  # its steps never move fewer than two coordinates, and the optimum lies along one
+            slack = 0.75  # its steps never move fewer than two coordinates, and the optimum lies along one
         assert (broken | (m > limit * slack)).all()
 
 
