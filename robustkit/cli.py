@@ -1,8 +1,8 @@
 """The `robustkit` command: parse, one library call, write, print a summary.
 
 Data go to stdout, progress and complaints to stderr. `main` is the one place where an error becomes a
-sentence and an exit status: 0 done, 1 the doctor or an audit found something wrong, 2 bad input, 130
-interrupted. torch is imported by the commands that need it, so `--help` and `report` are quick.
+sentence and an exit status: 0 done, 1 the doctor, an audit or a check of manifests found something wrong, 2 bad
+input, 130 interrupted. torch is imported by the commands that need it, so `--help` and `report` are quick.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -381,7 +381,11 @@ def _serve(options: argparse.Namespace) -> int:
     settings = Settings(
         folder=options.folder,
         model=options.model,
-        store=os.environ.get("ROBUSTKIT_STORE", ""),
+        store=options.store_file.read_text(encoding="utf-8").strip()
+        if options.store_file
+        else os.environ.get("ROBUSTKIT_STORE", ""),
+        credentials_file=options.credentials,
+        verify_key=options.verify_key,
         host=options.host,
         port=options.port,
         admin_host=options.admin_host,
@@ -401,9 +405,31 @@ def _serve(options: argparse.Namespace) -> int:
     return 0
 
 
+def _provision(options: argparse.Namespace) -> int:
+    from robustkit.serve.provision import provision
+
+    made = provision(options.model, options.out, options.database)
+    if options.json:
+        _print_json({"type": "Provision", **{name: str(path) for name, path in asdict(made).items()}})
+    else:
+        print("\n".join(f"{name.replace('_', ' '):18} {path}" for name, path in asdict(made).items()))
+    return 0
+
+
+def _manifests(options: argparse.Namespace) -> int:
+    from robustkit.serve import manifests
+
+    findings = manifests.check([document for file in options.files for document in manifests.read(file)])
+    if options.json:
+        _print_json({"type": "Findings", "findings": [asdict(finding) for finding in findings]})
+    else:
+        print("\n".join(f"{finding.rule}: {finding.sentence}" for finding in findings) or "nothing found")
+    return 1 if findings else 0
+
+
 def _announce(here: Running, options: argparse.Namespace) -> None:
     """Where the service listens, and where its credentials lie: never what they are."""
-    path = options.folder / "credentials.json"
+    path = here.replica.settings.credentials_path
     if options.json:
         record = {"type": "Service", "url": here.url, "admin_url": here.admin_url, "credentials": str(path)}
         _print_json(record)
@@ -1054,13 +1080,29 @@ def _parser() -> argparse.ArgumentParser:
         "Serve a model over HTTP, guarded; the control plane listens on a port of its own.",
         "robustkit serve cifar10-l2-w16 --folder service",
     )
-    serve.add_argument("model", metavar="MODEL", help="a model of the kit, champion of a new folder")
+    serve.add_argument(
+        "model",
+        metavar="MODEL",
+        help="champion of a new store: a model of the kit, or the path of a signed folder, with a / in it",
+    )
     serve.add_argument(
         "--folder",
         type=Path,
         default=Path("service"),
         help="credentials, registry and state (default service); ROBUSTKIT_STORE names a PostgreSQL instead of "
         "the SQLite file in it",
+    )
+    serve.add_argument(
+        "--store-file", type=Path, metavar="FILE", help="a file that holds the URL, instead of ROBUSTKIT_STORE"
+    )
+    serve.add_argument(
+        "--credentials", type=Path, metavar="FILE", help="made elsewhere (default: made in the folder)"
+    )
+    serve.add_argument(
+        "--verify-key",
+        type=Path,
+        metavar="FILE",
+        help="public half of the key that models are signed with (default: a pair made in the folder)",
     )
     for plane, port in (("", 8000), ("admin-", 8001)):
         what = "control" if plane else "data"
@@ -1096,4 +1138,24 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument(
         "--trusted-proxies", default="", metavar="ADDRESSES", help="whose X-Forwarded-For is believed"
     )
+
+    provision = add(
+        "provision",
+        _provision,
+        "Make what containers of the service are given: credentials, a signed model, the store's password.",
+        "robustkit provision cifar10-l2-w16 --out deploy/run",
+    )
+    provision.add_argument("model", metavar="MODEL", help="a model of the kit, to be signed")
+    provision.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where the files go")
+    provision.add_argument(
+        "--database", default="database", metavar="HOST[:PORT]", help="of the store's PostgreSQL (database)"
+    )
+
+    manifests = add(
+        "manifests",
+        _manifests,
+        "Check Kubernetes manifests and compose files of a service; status 1 when something is found.",
+        "robustkit manifests deploy/kubernetes.yaml deploy/compose.yaml",
+    )
+    manifests.add_argument("files", type=Path, nargs="+", metavar="FILE.yaml", help="what is applied together")
     return parser

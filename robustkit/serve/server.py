@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import uvicorn
 from fastapi import FastAPI
@@ -33,7 +34,7 @@ from robustkit.serve.pool import Pool
 from robustkit.serve.quarantine import Quarantine
 from robustkit.serve.registry import Registry, bundle
 from robustkit.serve.routing import Router, read_probe
-from robustkit.serve.settings import Credentials, Settings, credentials
+from robustkit.serve.settings import Credentials, Settings, credentials, read_credentials
 from robustkit.serve.store import open_store
 from robustkit.serve.throttle import Throttle
 
@@ -59,12 +60,13 @@ class Replica:
 def assemble(settings: Settings) -> Replica:
     """A replica from its settings; the first start makes credentials, keys, tables, and a champion from the kit.
 
-    Raises: RobustkitError for a model that the kit does not have, or when no model of the registry can be loaded.
+    Raises: RobustkitError for a model that the kit does not have or whose signature does not fit, for a store out of
+    reach, or when no model of the registry can be loaded.
     """
     settings.folder.mkdir(parents=True, exist_ok=True)
-    secrets = credentials(settings.folder / "credentials.json")
-    engine = open_store(settings.store_url)
-    migrate(engine)
+    made_elsewhere = settings.credentials_file is not None
+    secrets = (read_credentials if made_elsewhere else credentials)(settings.credentials_path)
+    engine = _open(settings.store_url)
     now = time.time()
     pseudonyms = bytes.fromhex(secrets.pseudonyms)
     _list_first_key(engine, pseudonyms, secrets.api_key, now)
@@ -99,6 +101,19 @@ def assemble(settings: Settings) -> Replica:
     return Replica(settings, secrets, engine, registry, plane, create_app(plane), admin)
 
 
+def _open(url: str) -> Engine:
+    """The store with its tables up to date. Its URL holds a password, so no message repeats it."""
+    try:
+        engine = open_store(url)
+        migrate(engine)
+    except SQLAlchemyError as error:
+        raise RobustkitError(
+            f"the store cannot be used ({type(error).__name__}); start it, or correct its URL, which is "
+            "ROBUSTKIT_STORE or what the --store-file holds."
+        ) from error
+    return engine
+
+
 def _detector(name: str, engine: Engine, key: bytes) -> Detector:
     return (Fingerprints if name == Fingerprints.name else LowFrequency)(engine, key)
 
@@ -111,13 +126,27 @@ def _list_first_key(engine: Engine, secret: bytes, key: str, now: float) -> None
 
 
 def _registry(settings: Settings, engine: Engine, now: float) -> Registry:
-    """The registry; an empty one gets the kit's model as champion, signed by a key of this folder."""
-    private, public = signing.make_keys(settings.folder)
+    """The registry; an empty one gets the settings' model as champion.
+
+    A signed folder is taken over at each start: a replica whose own folder is new has the champion's files then.
+    A model of the kit is signed here, once, by a key of this folder.
+    """
+    signed = Path(settings.model) if "/" in settings.model else None
+    if settings.verify_key and not signed:
+        raise RobustkitError(
+            f"nothing here can sign {settings.model!r} for {settings.verify_key}; name a signed folder, made by "
+            "`robustkit provision`."
+        )
+    public = settings.verify_key or signing.make_keys(settings.folder)[1]
     registry = Registry(engine, settings.folder / "registry", public)
-    if "champion" not in registry.aliases():
+    is_new = "champion" not in registry.aliases()
+    if is_new and not signed:
+        private = public.with_name(signing.PRIVATE)
         signed = bundle(settings.model, zoo.WEIGHTS, settings.folder / "incoming", private)
+    if signed:
         digest = registry.register(signed, actor="service", now=now)
-        registry.assign("champion", digest, reason="first start", actor="service", now=now)
+        if is_new:
+            registry.assign("champion", digest, reason="first start", actor="service", now=now)
     return registry
 
 

@@ -24,9 +24,11 @@ class Settings:
     Raises: RobustkitError for a value that no service can have.
     """
 
-    folder: Path  # credentials, registry, quarantine and, without `store`, the SQLite file
-    model: str = "cifar10-l2-w16"  # champion of an empty registry, by its name in the kit
+    folder: Path  # registry, quarantine and what the next three do not name: keys, credentials, the SQLite file
+    model: str = "cifar10-l2-w16"  # first champion: its name in the kit, or with a / the path of a signed folder
     store: str = ""  # URL of PostgreSQL, when several replicas share their state
+    credentials_file: Path | None = None  # made elsewhere, as `provision` does, and only read here
+    verify_key: Path | None = None  # public half of the key that models are signed with, which is not here
     host: str = "127.0.0.1"
     port: int = 8000
     admin_host: str = "127.0.0.1"
@@ -83,6 +85,11 @@ class Settings:
         """Where the state lives."""
         return self.store or f"sqlite:///{self.folder / 'state.db'}"
 
+    @property
+    def credentials_path(self) -> Path:
+        """Where the credentials lie."""
+        return self.credentials_file or self.folder / "credentials.json"
+
 
 @dataclass(frozen=True)
 class Credentials:
@@ -103,7 +110,7 @@ def credentials(path: Path) -> Credentials:
     try:
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError:
-        return _read(path)
+        return read_credentials(path)
     made = Credentials(
         api_key="rk_" + secrets.token_urlsafe(32),
         admin=secrets.token_urlsafe(32),
@@ -116,7 +123,8 @@ def credentials(path: Path) -> Credentials:
     return made
 
 
-def _read(path: Path) -> Credentials:
+def read_credentials(path: Path) -> Credentials:
+    """The credentials in a file that is there. Raises: RobustkitError for one that does not hold them."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         return Credentials(**{field.name: str(found[field.name]) for field in fields(Credentials)})

@@ -14,13 +14,15 @@ from model_signing import signing, verifying
 
 from robustkit.errors import RobustkitError
 
+PRIVATE, PUBLIC = "signing.key", "signing.pub"
+
 
 def make_keys(folder: Path) -> tuple[Path, Path]:
     """A P-256 pair, signing.key (its owner's alone) and signing.pub; what is there already is kept.
 
     Randomness: the operating system's.
     """
-    private, public = folder / "signing.key", folder / "signing.pub"
+    private, public = folder / PRIVATE, folder / PUBLIC
     if not public.exists():
         key = ec.generate_private_key(ec.SECP256R1())
         pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
