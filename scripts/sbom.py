@@ -50,7 +50,8 @@ def installed() -> set[str]:
 
 def build() -> dict[str, Any]:
     """The bill, as CycloneDX's JSON."""
-    command = [sys.executable, "-m", "cyclonedx_py", "environment", "--output-reproducible", sys.prefix]
+    command = [sys.executable, "-m", "cyclonedx_py", "environment", "--output-reproducible", "--no-validate"]
+    command += [sys.prefix]  # what is valid is checked of what is kept, by the test
     whole = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     names = installed()
     kept = [part for part in whole["components"] if canonicalize_name(part["name"]) in names]

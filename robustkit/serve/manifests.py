@@ -216,7 +216,7 @@ def _pod(spec: Document, annotations: Document) -> _Broken:
     if secure.get("runAsUser") == 0:
         yield "run-as-user", "runAsUser is 0", "name another user"
     for sysctl in _maps(secure, "sysctls"):
-        if sysctl.get("name") not in _SYSCTLS:
+        if str(sysctl.get("name")) not in _SYSCTLS:
             yield "sysctls", f"{sysctl.get('name')} is the node's too", "leave it to the node"
     for name, value in annotations.items():
         of_apparmor = str(name).startswith("container.apparmor.security.beta.kubernetes.io/")
@@ -251,7 +251,7 @@ def _contexts(who: str, secure: Document) -> _Broken:
     if profile not in ("RuntimeDefault", "Localhost"):
         yield "apparmor", f"{who} has AppArmor's profile {profile}", "use RuntimeDefault"
     selinux = _map(secure, "seLinuxOptions")
-    if selinux.get("type", "") not in _SELINUX or selinux.get("user") or selinux.get("role"):
+    if str(selinux.get("type", "")) not in _SELINUX or selinux.get("user") or selinux.get("role"):
         yield "selinux", f"{who} chooses SELinux's user, role or type", "leave them to the node"
     if (kind := _map(secure, "seccompProfile").get("type", "RuntimeDefault")) not in ("RuntimeDefault", "Localhost"):
         yield "seccomp", f"{who} has the seccomp profile {kind}", "use RuntimeDefault"
@@ -387,8 +387,8 @@ def _selects(selector: Any, labels: Document) -> bool:
     if any(labels.get(key) != value for key, value in _map(selector, "matchLabels").items()):
         return False
     for term in _maps(selector, "matchExpressions"):
-        key, operator, values = term.get("key"), term.get("operator"), _list(term, "values")
-        is_there, is_in = key in labels, labels.get(str(key)) in values
+        key, operator, values = str(term.get("key")), term.get("operator"), _list(term, "values")
+        is_there, is_in = key in labels, labels.get(key) in values
         if not {"In": is_in, "NotIn": not is_in, "Exists": is_there, "DoesNotExist": not is_there}.get(
             str(operator), False
         ):
@@ -419,12 +419,12 @@ def _is_anybody(peer: Document) -> bool:
 def _control(workload: _Workload, policies: Sequence[Document], objects: Sequence[Document]) -> _Broken:
     """The port called control is nobody's who is a customer."""
     ports = [port for container in _maps(workload.spec, "containers") for port in _maps(container, "ports")]
-    control = {value for port in ports if port.get("name") == "control" for value in ("control", port.get("containerPort"))}
-    if not control:
+    control = {"control", *(str(port.get("containerPort")) for port in ports if port.get("name") == "control")}
+    if len(control) == 1:
         return
 
     def is_mixed(rule: Document, key: str) -> bool:
-        named = {port.get(key, port.get("port")) for port in _maps(rule, "ports")}
+        named = {str(port.get(key, port.get("port"))) for port in _maps(rule, "ports")}
         return bool(named & control and named - control)
 
     if any(is_mixed(rule, "port") for policy in policies for rule in _rules(policy, "ingress")):
@@ -436,7 +436,7 @@ def _control(workload: _Workload, policies: Sequence[Document], objects: Sequenc
             if is_mixed(spec, "targetPort"):
                 what = f"Service {_name(item)} leads to both planes"
                 yield "control-apart", what, "give the control plane a Service of its own"
-            if {port.get("targetPort", port.get("port")) for port in _maps(spec, "ports")} & control:
+            if {str(port.get("targetPort", port.get("port"))) for port in _maps(spec, "ports")} & control:
                 leading.add(_name(item))
     for item in _of_kind("Ingress", workload, objects):
         if any(f"'name': '{name}'" in str(item.get("spec")) for name in leading):
@@ -545,7 +545,7 @@ def _reach(service: Document, networks: Document) -> _Broken:
             yield "control-apart", "the control plane's port is published", "publish the data plane alone"
     used = service.get("networks") or ["default"]
     for name in used:
-        network = _map(networks, name)
+        network = _map(networks, str(name))
         masked = _map(network, "driver_opts").get("com.docker.network.bridge.enable_ip_masquerade")
         if network.get("internal") is not True and str(masked).lower() != "false":
             yield "network-policy", f"it reaches the world by network {name}", "make the network internal"
