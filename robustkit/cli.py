@@ -1093,7 +1093,10 @@ def _parser() -> argparse.ArgumentParser:
         "the SQLite file in it",
     )
     serve.add_argument(
-        "--store-file", type=Path, metavar="FILE", help="a file that holds the URL, instead of ROBUSTKIT_STORE"
+        "--store-file",
+        type=Path,
+        metavar="FILE",
+        help="a file that holds the URL, instead of ROBUSTKIT_STORE",
     )
     serve.add_argument(
         "--credentials", type=Path, metavar="FILE", help="made elsewhere (default: made in the folder)"
@@ -1157,5 +1160,7 @@ def _parser() -> argparse.ArgumentParser:
         "Check Kubernetes manifests and compose files of a service; status 1 when something is found.",
         "robustkit manifests deploy/kubernetes.yaml deploy/compose.yaml",
     )
-    manifests.add_argument("files", type=Path, nargs="+", metavar="FILE.yaml", help="what is applied together")
+    manifests.add_argument(
+        "files", type=Path, nargs="+", metavar="FILE.yaml", help="what is applied together"
+    )
     return parser

@@ -38,7 +38,15 @@ PROGRAMS = {
     "unshare": "util-linux",
 }
 SUITE = "bookworm"
-CONTEXT = ("pyproject.toml", "constraints.txt", "README.md", "LICENSE", "robustkit", "deploy", ".dockerignore")
+CONTEXT = (
+    "pyproject.toml",
+    "constraints.txt",
+    "README.md",
+    "LICENSE",
+    "robustkit",
+    "deploy",
+    ".dockerignore",
+)
 USER = 10001
 
 # Runs inside, as the service's own user: a client of the data plane, and somebody who tries what he may.
@@ -143,7 +151,9 @@ def _base(engine: Engine, folder: Path) -> str:
     rootfs, archive = folder / "rootfs", folder / "rootfs.tar"
     # In a mount name space of its own: what debootstrap mounts is gone with it.
     include = "--include=python3,python3-venv"
-    _run(["unshare", "--mount", "debootstrap", "--variant=minbase", include, SUITE, str(rootfs), *mirrors[:1]])
+    _run(
+        ["unshare", "--mount", "debootstrap", "--variant=minbase", include, SUITE, str(rootfs), *mirrors[:1]]
+    )
     _run(["tar", "-C", str(rootfs), "--exclude=./var/cache/apt", "-cf", str(archive), "."])
     shutil.rmtree(rootfs)
     engine.podman("import", str(archive), "localhost/base:made")
@@ -217,7 +227,9 @@ def _smoke(engine: Engine, folder: Path) -> int:
     picture, digit = _picture()
     _run(engine.run(image, volumes, _arguments(), "--detach", "--name", "service"))
     try:
-        found = json.loads(engine.podman("exec", "--interactive", "service", "python", "-c", INSIDE, given=picture))
+        found = json.loads(
+            engine.podman("exec", "--interactive", "service", "python", "-c", INSIDE, given=picture)
+        )
     except RobustkitError:
         print(_log(engine), file=sys.stderr)
         raise
@@ -238,7 +250,12 @@ def _smoke(engine: Engine, folder: Path) -> int:
     wrong = _wrong(found, digit)
     for name in ("answer", "ready", "writes", "shells", "interfaces", "stopped", "log", "changed model"):
         print(f"{name}: {found[name]}")
-    print({name: found["status"][name] for name in ("Uid", "CapEff", "CapBnd", "NoNewPrivs", "Seccomp", "VmRSS")})
+    print(
+        {
+            name: found["status"][name]
+            for name in ("Uid", "CapEff", "CapBnd", "NoNewPrivs", "Seccomp", "VmRSS")
+        }
+    )
     print(f"packages: {len(found['packages'])}")
     print("\n".join(wrong) or "container: as it should be")
     return 1 if wrong else 0
@@ -266,13 +283,18 @@ def _wrong(found: dict[str, Any], digit: int) -> list[str]:
             found["writes"][path] == read_only for path in ("/x", "/usr/bin/x", "/opt/robustkit/x")
         ),
         "the model can be written": found["writes"]["/models/champion/x"] == read_only,
-        "/tmp or /state cannot be written": found["writes"]["/tmp/x"] == found["writes"]["/state/x"] == "written",
+        "/tmp or /state cannot be written": found["writes"]["/tmp/x"]
+        == found["writes"]["/state/x"]
+        == "written",
         "there is a shell": not found["shells"],
         "there is a network": found["interfaces"] == ["lo"],
-        "it did not leave gracefully": found["stopped"]["status"] == 0 and found["log"][-2:] == ["draining", "stopped"],
+        "it did not leave gracefully": found["stopped"]["status"] == 0
+        and found["log"][-2:] == ["draining", "stopped"],
         "it took a model that was changed": found["changed model"]["status"] == 2
         and "valid signature" in found["changed model"]["said"],
-        f"the SBOM names other packages: {sorted(found['packages'].items() ^ told.items())}": found["packages"]
+        f"the SBOM names other packages: {sorted(found['packages'].items() ^ told.items())}": found[
+            "packages"
+        ]
         == told,
     }
     return [f"WRONG: {what}" for what, right in rules.items() if not right]

@@ -1,4 +1,4 @@
-"""Whether Kubernetes manifests and compose files run a service as they should: Pod Security "restricted", and our rules.
+"""Do manifests and compose files run a service as they should? Pod Security "restricted", and our rules.
 
 Source: Kubernetes' Pod Security Standards, profiles baseline and restricted, for Linux. `RULES` is the list; the
 second half is this project's. What is malformed counts as missing, so it is found. Pods that hide in kinds of other
@@ -79,7 +79,9 @@ def read(path: Path) -> list[Document]:
         raise RobustkitError(f"{path}{line}: {problem}; write it as YAML.") from error
     except (UnicodeDecodeError, RecursionError, ValueError) as error:
         raise RobustkitError(f"{path} is no manifest ({type(error).__name__}); write it as YAML.") from error
-    if not found or not all(isinstance(item, dict) and ("kind" in item or "services" in item) for item in found):
+    if not found or not all(
+        isinstance(item, dict) and ("kind" in item or "services" in item) for item in found
+    ):
         raise RobustkitError(
             f"{path} holds something that is neither a Kubernetes object nor a compose file; each document needs "
             "a kind, or services."
@@ -113,7 +115,8 @@ def check(documents: Sequence[Document]) -> list[Finding]:
         found += workload.named(_beside(workload, objects))
     for item in objects:
         if item.get("kind") == "Service" and (
-            _map(item, "spec").get("type", "ClusterIP") != "ClusterIP" or _map(item, "spec").get("externalIPs")
+            _map(item, "spec").get("type", "ClusterIP") != "ClusterIP"
+            or _map(item, "spec").get("externalIPs")
         ):
             what = f"type {_map(item, 'spec').get('type', 'ClusterIP')} leads in from outside"
             remedy = "use ClusterIP and let the gateway lead in"
@@ -141,6 +144,20 @@ def _maps(of: Document, key: str) -> list[Document]:
 def _list(of: Document, key: str) -> list[Any]:
     inner = of.get(key)
     return inner if isinstance(inner, list) else []
+
+
+def _texts(of: Document, key: str) -> list[str]:
+    """What compose takes as one text, as a list or as a mapping: a list, of a mapping's keys with their values."""
+    inner = of.get(key)
+    if isinstance(inner, Mapping):
+        return [f"{name}={value}" for name, value in inner.items()]
+    return (
+        [inner]
+        if isinstance(inner, str)
+        else [str(item) for item in inner]
+        if isinstance(inner, list)
+        else []
+    )
 
 
 def _name(item: Document) -> str:
@@ -198,7 +215,10 @@ _SYSCTLS = {
     "kernel.shm_rmid_forced",
     *(f"net.ipv4.{name}" for name in ("ip_local_port_range", "ip_local_reserved_ports")),
     *(f"net.ipv4.{name}" for name in ("ip_unprivileged_port_start", "ping_group_range", "tcp_syncookies")),
-    *(f"net.ipv4.tcp_{name}" for name in ("keepalive_time", "fin_timeout", "keepalive_intvl", "keepalive_probes")),
+    *(
+        f"net.ipv4.tcp_{name}"
+        for name in ("keepalive_time", "fin_timeout", "keepalive_intvl", "keepalive_probes")
+    ),
 }
 _SELINUX = {"", "container_t", "container_init_t", "container_kvm_t", "container_engine_t"}
 _PINNED = re.compile(r"\S+@sha256:[0-9a-f]{64}")
@@ -225,7 +245,9 @@ def _pod(spec: Document, annotations: Document) -> _Broken:
     yield from _contexts("the pod", secure)
     for volume in _maps(spec, "volumes"):
         yield from _volume(volume)
-    containers = [item for kind in ("containers", "initContainers", "ephemeralContainers") for item in _maps(spec, kind)]
+    containers = [
+        item for kind in ("containers", "initContainers", "ephemeralContainers") for item in _maps(spec, kind)
+    ]
     if not _maps(spec, "containers"):
         yield "image-digest", "it has no containers that could be read", "list them under containers"
     for container in containers:
@@ -253,7 +275,10 @@ def _contexts(who: str, secure: Document) -> _Broken:
     selinux = _map(secure, "seLinuxOptions")
     if str(selinux.get("type", "")) not in _SELINUX or selinux.get("user") or selinux.get("role"):
         yield "selinux", f"{who} chooses SELinux's user, role or type", "leave them to the node"
-    if (kind := _map(secure, "seccompProfile").get("type", "RuntimeDefault")) not in ("RuntimeDefault", "Localhost"):
+    if (kind := _map(secure, "seccompProfile").get("type", "RuntimeDefault")) not in (
+        "RuntimeDefault",
+        "Localhost",
+    ):
         yield "seccomp", f"{who} has the seccomp profile {kind}", "use RuntimeDefault"
 
 
@@ -316,10 +341,16 @@ def _secrets(who: str, container: Document) -> _Broken:
         if "secretKeyRef" in _map(variable, "valueFrom"):
             yield "secrets-as-files", f"{who} has a secret in {name}", remedy
         elif value and (_SECRET.search(name) or _URL_WITH_PASSWORD.search(str(value))):
-            yield "secrets-as-files", f"{who} has a secret in {name}, for everybody who reads this file", remedy
+            yield (
+                "secrets-as-files",
+                f"{who} has a secret in {name}, for everybody who reads this file",
+                remedy,
+            )
     if any("secretRef" in source for source in _maps(container, "envFrom")):
         yield "secrets-as-files", f"{who} takes its environment from a secret", remedy
-    if any(_URL_WITH_PASSWORD.search(str(word)) for key in ("command", "args") for word in _list(container, key)):
+    if any(
+        _URL_WITH_PASSWORD.search(str(word)) for key in ("command", "args") for word in _list(container, key)
+    ):
         yield "secrets-as-files", f"{who} has a password on its command line", remedy
 
 
@@ -353,10 +384,15 @@ def _kept_up(workload: _Workload, objects: Sequence[Document]) -> _Broken:
     for container in _maps(workload.spec, "containers"):
         for probe in ("livenessProbe", "readinessProbe"):
             if not _map(container, probe):
-                yield "probes", f"container {container.get('name')} has no {probe}", "ask /healthz and /readyz"
+                yield (
+                    "probes",
+                    f"container {container.get('name')} has no {probe}",
+                    "ask /healthz and /readyz",
+                )
     budgets = (_map(item, "spec") for item in _of_kind("PodDisruptionBudget", workload, objects))
     guarded = any(
-        _selects(budget.get("selector"), workload.labels) and (budget.get("minAvailable") or budget.get("maxUnavailable"))
+        _selects(budget.get("selector"), workload.labels)
+        and (budget.get("minAvailable") or budget.get("maxUnavailable"))
         for budget in budgets
     )
     if workload.kind != "DaemonSet" and workload.replicas != 1 and not guarded:
@@ -376,7 +412,8 @@ def _of_kind(kind: str, workload: _Workload, objects: Sequence[Document]) -> lis
     return [
         item
         for item in objects
-        if item.get("kind") == kind and _map(item, "metadata").get("namespace", "default") == workload.namespace
+        if item.get("kind") == kind
+        and _map(item, "metadata").get("namespace", "default") == workload.namespace
     ]
 
 
@@ -419,7 +456,10 @@ def _is_anybody(peer: Document) -> bool:
 def _control(workload: _Workload, policies: Sequence[Document], objects: Sequence[Document]) -> _Broken:
     """The port called control is nobody's who is a customer."""
     ports = [port for container in _maps(workload.spec, "containers") for port in _maps(container, "ports")]
-    control = {"control", *(str(port.get("containerPort")) for port in ports if port.get("name") == "control")}
+    control = {
+        "control",
+        *(str(port.get("containerPort")) for port in ports if port.get("name") == "control"),
+    }
     if len(control) == 1:
         return
 
@@ -428,7 +468,11 @@ def _control(workload: _Workload, policies: Sequence[Document], objects: Sequenc
         return bool(named & control and named - control)
 
     if any(is_mixed(rule, "port") for policy in policies for rule in _rules(policy, "ingress")):
-        yield "control-apart", "who may ask the data plane may ask the control plane", "give it a rule of its own"
+        yield (
+            "control-apart",
+            "who may ask the data plane may ask the control plane",
+            "give it a rule of its own",
+        )
     leading = set()
     for item in _of_kind("Service", workload, objects):
         spec = _map(item, "spec")
@@ -446,7 +490,9 @@ def _control(workload: _Workload, policies: Sequence[Document], objects: Sequenc
 
 # --- compose ---------------------------------------------------------------------------------------------
 
-_PINNED_LATER = re.compile(r"\S+@sha256:([0-9a-f]{64}|\$\{\w+:\?[^}]+\})")  # compose asks for a digest that lacks
+_PINNED_LATER = re.compile(
+    r"\S+@sha256:([0-9a-f]{64}|\$\{\w+:\?[^}]+\})"
+)  # compose asks for a digest that lacks
 _LOOPBACK = ("127.0.0.1:", "[::1]:", "localhost:")
 
 
@@ -463,8 +509,12 @@ def _service(service: Document, networks: Document) -> _Broken:
     build = _map(service, "build")
     image = str(_map(build, "args").get("BASE") if build else service.get("image"))
     if not _PINNED_LATER.fullmatch(image):
-        yield "image-digest", f"another image can come under the name {image}", "name it by @sha256: and its digest"
-    options = [str(option).replace("=", ":") for option in _list(service, "security_opt")]
+        yield (
+            "image-digest",
+            f"another image can come under the name {image}",
+            "name it by @sha256: and its digest",
+        )
+    options = [option.replace("=", ":") for option in _texts(service, "security_opt")]
     if "no-new-privileges:true" not in options and "no-new-privileges" not in options:
         yield "privilege-escalation", "it may gain privileges", "add no-new-privileges:true to security_opt"
     if any(option.startswith("seccomp:unconfined") for option in options):
@@ -481,16 +531,23 @@ def _service(service: Document, networks: Document) -> _Broken:
         if service.get(key) == "host":
             yield "host-namespaces", f"{key} is the host's", f"remove {key}"
     if not re.fullmatch(r"[1-9]\d*(:[1-9]\d*)?", str(service.get("user"))):
-        yield "run-as-non-root", f"its user is {service.get('user')}", "name user and group by numbers, none of them 0"
+        yield (
+            "run-as-non-root",
+            f"its user is {service.get('user')}",
+            "name user and group by numbers, none of them 0",
+        )
     if service.get("read_only") is not True:
         yield "read-only-root", "it can write to its root", "set read_only to true"
     limits = _map(service, "deploy", "resources", "limits")
     either = {"cpus": "cpus", "memory": "mem_limit", "pids": "pids_limit"}
     if lacking := [name for name, old in either.items() if not (limits.get(name) or service.get(old))]:
-        yield "limits", f"it may take all {', '.join(lacking)} of its machine", "limit it under deploy.resources"
-    given = service.get("tmpfs") or []
-    for place in [given] if isinstance(given, str) else given:
-        if "size=" not in str(place):
+        yield (
+            "limits",
+            f"it may take all {', '.join(lacking)} of its machine",
+            "limit it under deploy.resources",
+        )
+    for place in _texts(service, "tmpfs"):
+        if "size=" not in place:
             yield "scratch-size", f"{place} may grow without end", "give it a size"
     if not build and not service.get("healthcheck"):
         yield "probes", "nothing asks whether it lives", "give it a healthcheck"
@@ -502,7 +559,11 @@ def _service(service: Document, networks: Document) -> _Broken:
 def _mounts(service: Document) -> _Broken:
     for volume in _list(service, "volumes"):
         if isinstance(volume, Mapping):
-            source, target, is_ro = volume.get("source"), volume.get("target"), volume.get("read_only") is True
+            source, target, is_ro = (
+                volume.get("source"),
+                volume.get("target"),
+                volume.get("read_only") is True,
+            )
         else:
             source, _, rest = str(volume).partition(":")
             target, _, mode = rest.partition(":")
@@ -515,24 +576,25 @@ def _mounts(service: Document) -> _Broken:
 
 
 def _variables(service: Document) -> _Broken:
-    given = service.get("environment") or {}
-    pairs = given.items() if isinstance(given, Mapping) else (str(item).partition("=")[::2] for item in given)
-    words = service.get("command") or []
-    for name, value in pairs:
-        if _SECRET.search(str(name)) or _URL_WITH_PASSWORD.search(str(value)):
+    for variable in _texts(service, "environment"):
+        name, _, value = variable.partition("=")
+        if _SECRET.search(name) or _URL_WITH_PASSWORD.search(value):
             yield "secrets-as-files", f"there is a secret in {name}", "use secrets, and name the file"
-    if _URL_WITH_PASSWORD.search(words if isinstance(words, str) else " ".join(map(str, words))):
+    if _URL_WITH_PASSWORD.search(" ".join(_texts(service, "command"))):
         yield "secrets-as-files", "there is a password on its command line", "use secrets, and name the file"
 
 
 def _reach(service: Document, networks: Document) -> _Broken:
     """Who reaches a service, and whom it reaches."""
-    words = service.get("command") or []
-    command = words if isinstance(words, str) else " ".join(map(str, words))
+    command = " ".join(_texts(service, "command"))
     admin = re.search(r"--admin-port[= ](\d+)", command)
     host = re.search(r"--admin-host[= ](\S+)", command)
     if host and host[1] not in ("127.0.0.1", "::1", "localhost"):
-        yield "control-apart", "the control plane listens beyond its container", "let --admin-host be 127.0.0.1"
+        yield (
+            "control-apart",
+            "the control plane listens beyond its container",
+            "let --admin-host be 127.0.0.1",
+        )
     for port in _list(service, "ports"):
         if isinstance(port, Mapping):
             is_local, inside = port.get("host_ip") in ("127.0.0.1", "::1"), str(port.get("target"))
@@ -543,9 +605,8 @@ def _reach(service: Document, networks: Document) -> _Broken:
             yield "network-policy", f"port {port} is open to other machines", "publish it on 127.0.0.1"
         if admin and inside == admin[1]:
             yield "control-apart", "the control plane's port is published", "publish the data plane alone"
-    used = service.get("networks") or ["default"]
-    for name in used:
-        network = _map(networks, str(name))
+    for name in [text.partition("=")[0] for text in _texts(service, "networks")] or ["default"]:
+        network = _map(networks, name)
         masked = _map(network, "driver_opts").get("com.docker.network.bridge.enable_ip_masquerade")
         if network.get("internal") is not True and str(masked).lower() != "false":
             yield "network-policy", f"it reaches the world by network {name}", "make the network internal"

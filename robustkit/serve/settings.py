@@ -24,8 +24,12 @@ class Settings:
     Raises: RobustkitError for a value that no service can have.
     """
 
-    folder: Path  # registry, quarantine and what the next three do not name: keys, credentials, the SQLite file
-    model: str = "cifar10-l2-w16"  # first champion: its name in the kit, or with a / the path of a signed folder
+    folder: (
+        Path  # registry, quarantine and what the next three do not name: keys, credentials, the SQLite file
+    )
+    model: str = (
+        "cifar10-l2-w16"  # first champion: its name in the kit, or with a / the path of a signed folder
+    )
     store: str = ""  # URL of PostgreSQL, when several replicas share their state
     credentials_file: Path | None = None  # made elsewhere, as `provision` does, and only read here
     verify_key: Path | None = None  # public half of the key that models are signed with, which is not here
