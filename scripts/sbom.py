@@ -64,13 +64,13 @@ def build() -> dict[str, Any]:
     return whole | {"components": kept, "dependencies": edges}
 
 
-def main(out: Path = ROOT / "build" / "sbom.json") -> None:
+def main(out: Path) -> None:
     """Write it."""
     bill = build()
     out.parent.mkdir(exist_ok=True)
     write_atomically(out, (json.dumps(bill, indent=2) + "\n").encode())
-    print(f"{out.relative_to(ROOT)}: {len(bill['components'])} components")
+    print(f"{out}: {len(bill['components'])} components")
 
 
 if __name__ == "__main__":
-    main()
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "build" / "sbom.json")
