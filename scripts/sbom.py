@@ -61,7 +61,8 @@ def build() -> dict[str, Any]:
         for edge in whole.get("dependencies", [])
         if edge["ref"] in refs
     ]
-    return whole | {"components": kept, "dependencies": edges}
+    bill: dict[str, Any] = {**whole, "components": kept, "dependencies": edges}
+    return bill
 
 
 def main(out: Path) -> None:

@@ -87,7 +87,9 @@ def test_the_manifests_agree_with_each_other_and_with_the_service():
 
 
 def test_what_is_mounted_is_what_provision_makes(tmp_path):
-    made = {path.name for path in [*provision("mnist-clean", tmp_path, "database").credentials.parent.iterdir()]}
+    made = {
+        path.name for path in [*provision("mnist-clean", tmp_path, "database").credentials.parent.iterdir()]
+    }
     asked = {Path(secret["file"]).name for secret in COMPOSE["secrets"].values()} | {"models"}
     assert asked == made - {"signing.key"}  # which no container is given
     readme = (ROOT / "deploy" / "README.md").read_text()
@@ -112,7 +114,9 @@ def started(arguments, places, ports, folder):
                 return f"{name}{equal}{outside}{value.removeprefix(inside)}"
         return f"{name}{equal}{ports.get(value, value)}"
 
-    set_there = dict(re.findall(r"^(?:ENV)? +(HOME|PYTHONDONTWRITEBYTECODE|OMP_NUM_THREADS)=(\S+)", DOCKERFILE, re.M))
+    set_there = dict(
+        re.findall(r"^(?:ENV)? +(HOME|PYTHONDONTWRITEBYTECODE|OMP_NUM_THREADS)=(\S+)", DOCKERFILE, re.M)
+    )
     assert len(set_there) == 3
     environment = {"PATH": os.environ["PATH"], **set_there}
     command = [str(Path(sys.executable).with_name("robustkit")), *map(here, arguments)]
@@ -177,7 +181,9 @@ def test_the_deployment_starts_answers_its_probes_and_says_that_it_leaves(tmp_pa
             process.send_signal(signal.SIGTERM)
             until(asked("readinessProbe"), 503, seconds=5)
             assert httpx.get(asked("livenessProbe")).status_code == 200
-            assert httpx.post(url, content=picture(1), headers=key).status_code == 200  # while balancers notice
+            assert (
+                httpx.post(url, content=picture(1), headers=key).status_code == 200
+            )  # while balancers notice
         kept = {path.name for path in (tmp_path / "state").rglob("*")}
         assert not kept & {"credentials.json", "signing.key", "state.db"}
 
@@ -187,7 +193,9 @@ def test_the_deployment_starts_answers_its_probes_and_says_that_it_leaves(tmp_pa
 def test_the_compose_files_service_starts(tmp_path):
     with postgres.server() as store:
         made = given(tmp_path, store)
-        secrets = {f"/run/secrets/{name}": tmp_path / file["file"] for name, file in COMPOSE["secrets"].items()}
+        secrets = {
+            f"/run/secrets/{name}": tmp_path / file["file"] for name, file in COMPOSE["secrets"].items()
+        }
         places = {"/models": made.model.parent, "/state": tmp_path / "state", **secrets}
         ports = {number: str(free()) for number in ("8000", "8001")}
         with started(SERVICE["command"], places, ports, tmp_path):
@@ -308,10 +316,12 @@ def test_the_bill_of_materials_names_what_the_service_brings_exactly(tmp_path):
     )
     for name in ("torch", "fastapi", "uvicorn", "safetensors", "pillow", "model-signing", "psycopg2-binary"):
         assert named[name].partition("+")[0] == pins[name]
-    assert {name: version.partition("+")[0] for name, version in named.items() if name != "robustkit"}.items() <= (
-        pins.items()
-    )
+    assert {
+        name: version.partition("+")[0] for name, version in named.items() if name != "robustkit"
+    }.items() <= (pins.items())
     assert not named.keys() & {"pytest", "jupyterlab", "nbgrader", "foolbox", "cyclonedx-bom"}
     refs = {part["bom-ref"] for part in bill["components"]}
     assert {ref for edge in bill["dependencies"] for ref in [edge["ref"], *edge["dependsOn"]]} <= refs
-    assert all(part["purl"].startswith("pkg:pypi/") for part in bill["components"] if part["name"] != "robustkit")
+    assert all(
+        part["purl"].startswith("pkg:pypi/") for part in bill["components"] if part["name"] != "robustkit"
+    )
