@@ -27,9 +27,10 @@ def page(told: dict[str, Any]) -> str:
         [
             "# Controls of the service",
             "",
-            "What guards the service, where it stands, which threat or mitigation of MITRE ATLAS and risk of OWASP's ML",
-            "Top Ten it belongs to, and the tests that show it. T are ATLAS's techniques, M its mitigations. A control",
-            "answers a threat in part: no row claims that an attack stops. Made from `controls.toml`; do not edit.",
+            "What guards the service, where it stands, which threat or mitigation of MITRE ATLAS and which risk of",
+            "OWASP's ML Top Ten it belongs to, and the tests that show it. T: techniques of ATLAS, M: mitigations.",
+            "A control answers a threat in part: no row claims that an attack stops.",
+            "Made from `controls.toml`; do not edit.",
             "",
             "| control | where | ids | tests |",
             "| --- | --- | --- | --- |",

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 
 import httpx
@@ -29,6 +30,7 @@ from robustkit.serve.pipeline import spoken
 from robustkit.serve.refusal import Refused
 from robustkit.serve.server import running
 from robustkit.serve.throttle import Throttle
+from tests import postgres
 from tests.serving import client, metric, operator, picture, png, settings
 
 
@@ -411,10 +413,17 @@ def test_a_port_that_is_taken_is_said_in_a_sentence(service, tmp_path):
         pass
 
 
-def test_leaving_answers_what_was_accepted(tmp_path):
+NEEDS_POSTGRES = pytest.mark.skipif(postgres.PROGRAMS is None, reason=postgres.MISSING)
+
+
+@pytest.mark.parametrize("kind", ["sqlite", pytest.param("postgresql", marks=NEEDS_POSTGRES)])
+def test_leaving_answers_what_was_accepted(tmp_path, kind):
     """Requests that are inside when the replica is told to leave get their answers; then the port is closed."""
     answers = []
-    with running(settings(tmp_path, workers=1, mode="off", settle_seconds=0.3)) as here:
+    with (
+        postgres.server() if kind == "postgresql" else nullcontext("") as store,
+        running(settings(tmp_path, store=store, workers=1, mode="off", settle_seconds=0.3)) as here,
+    ):
         slow = threading.Event()
         original = here.replica.plane.pipeline.router.champion.model.forward
         here.replica.plane.pipeline.router.champion.model.forward = lambda x: (slow.wait(20), original(x))[1]

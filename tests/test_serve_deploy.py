@@ -310,10 +310,10 @@ def test_the_bill_of_materials_names_what_the_service_brings_exactly(tmp_path):
     bill = json.loads(out.read_text())
     assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(out.read_text()) is None
     named = {canonicalize_name(part["name"]): part["version"] for part in bill["components"]}
-    pins = dict(
-        (canonicalize_name(name), version)
+    pins = {
+        canonicalize_name(name): version
         for name, version in re.findall(r"^([\w.-]+)==(\S+)", (ROOT / "constraints.txt").read_text(), re.M)
-    )
+    }
     for name in ("torch", "fastapi", "uvicorn", "safetensors", "pillow", "model-signing", "psycopg2-binary"):
         assert named[name].partition("+")[0] == pins[name]
     assert {

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import httpx
 import numpy as np
@@ -200,12 +200,12 @@ def replica(folder, store):
         process.communicate()
 
 
-@needs_postgres
 @pytest.mark.slow
-def test_a_replica_is_killed_while_it_works(tmp_path):
+@pytest.mark.parametrize("kind", ["sqlite", pytest.param("postgresql", marks=needs_postgres)])
+def test_a_replica_is_killed_while_it_works(tmp_path, kind):
     """The other goes on, and what the dead one knew of accounts is not lost."""
     with (
-        postgres.server() as store,
+        postgres.server() if kind == "postgresql" else nullcontext("") as store,
         replica(tmp_path, store) as (one, first),
         replica(tmp_path, store) as (_, second),
     ):

@@ -434,7 +434,7 @@ def _hardened(digest: str) -> dict[str, Any]:
                 {
                     "name": "classifier",
                     "image": f"registry.example/robustkit@sha256:{digest}",
-                    "args": ["serve", "--model", "/models/champion"],
+                    "args": ["serve", "/models/champion"],
                     "ports": [{"containerPort": 8080}],
                     "securityContext": {
                         "allowPrivilegeEscalation": False,

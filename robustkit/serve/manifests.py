@@ -101,7 +101,7 @@ class _Loader(yaml.SafeLoader):
                         None, None, f"{key.value} stands there twice", key.start_mark
                     )
                 seen.add(key.value)
-        made: dict[Any, Any] = super().construct_mapping(node, deep)
+        made: dict[Any, Any] = super().construct_mapping(node, deep)  # type: ignore[no-untyped-call]
         return made
 
 
