@@ -146,7 +146,8 @@ def _say(what: str) -> None:
 def _base(engine: Engine, folder: Path) -> str:
     """A base with Python and nothing else, named by its digest."""
     _say(f"debootstrap of {SUITE}")
-    targets = _run(["apt-get", "indextargets", "--format", "$(REPO_URI) $(RELEASE)"])
+    ask = ["apt-get", "indextargets", "--format", "$(REPO_URI) $(RELEASE)"]
+    targets = _run(ask) if shutil.which("apt-get") else ""  # elsewhere debootstrap knows a mirror
     mirrors = [line.split()[0] for line in targets.splitlines() if line.endswith(f" {SUITE}")]
     rootfs, archive = folder / "rootfs", folder / "rootfs.tar"
     # In a mount name space of its own: what debootstrap mounts is gone with it.

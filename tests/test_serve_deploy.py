@@ -299,6 +299,18 @@ def test_what_is_given_wrong_is_a_sentence(tmp_path, run, monkeypatch):
     assert "hunter2" not in told
 
 
+def test_the_smoke_run_says_what_it_needs(tmp_path):
+    """`make container` runs the image for real where the tools are; it installs none."""
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "container.py"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PATH": str(tmp_path)},
+    )
+    said = "container: apt install podman buildah runc debootstrap util-linux, then run this again.\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", said)
+
+
 # --- the bill of materials --------------------------------------------------------------------------------------
 
 
