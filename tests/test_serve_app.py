@@ -422,7 +422,7 @@ def test_leaving_answers_what_was_accepted(tmp_path, kind):
     answers = []
     with (
         postgres.server() if kind == "postgresql" else nullcontext("") as store,
-        running(settings(tmp_path, store=store, workers=1, mode="off", settle_seconds=0.3)) as here,
+        running(settings(tmp_path, store=store, workers=1, mode="off", settle_seconds=1.5)) as here,
     ):
         slow = threading.Event()
         original = here.replica.plane.pipeline.router.champion.model.forward
@@ -434,7 +434,7 @@ def test_leaving_answers_what_was_accepted(tmp_path, kind):
             thread.start()
         while here.replica.plane.pool.inside < 6:
             time.sleep(0.01)
-        threading.Timer(0.8, slow.set).start()
+        threading.Timer(2.0, slow.set).start()
         late = threading.Timer(0.1, lambda: answers.append(httpx.get(f"{here.url}/readyz")))
         late.start()
     for thread in [*threads, late]:
