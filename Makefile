@@ -47,8 +47,8 @@ notebooks: setup ## execute every solution notebook in the smoke tier
 	$(RUN) $(PARALLEL) ROBUSTKIT_TIER=smoke python -m pytest $(IN_FILES) -W default --nbval-lax --nbval-current-env \
 	    --nbval-cell-timeout=600 solutions
 
-mutate: setup ## grade every mutant of lessons 0 and 1; resumes where it stopped; about half an hour
-	$(RUN) for lesson in 00-start-here 01-mnist-fgsm; do python -m grading mutate $$lesson --jobs 2 || exit 1; done
+mutate: setup ## grade every mutant of every lesson's solution; resumes where it stopped; two to three hours
+	$(RUN) for lesson in $(notdir $(wildcard solutions/*)); do python -m grading mutate $$lesson --jobs 2 || exit 1; done
 
 # A sample of the corpus is in `make test`; the whole takes about ten minutes.
 redteam: setup ## every hostile submission of tests/redteam, in every sandbox tier; writes docs/redteam.md
