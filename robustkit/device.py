@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -119,19 +119,28 @@ def attackable(model: Model) -> Iterator[None]:
                 parameter.requires_grad_(flag)
 
 
+def _float32_arithmetic() -> list[Any]:
+    """Where torch keeps how each library multiplies float32, one operation at a time.
+
+    torch.set_float32_matmul_precision writes to some of them, torch.backends.fp32_precision stands behind all.
+    """
+    cuda, cudnn, mkldnn = torch.backends.cuda, torch.backends.cudnn, torch.backends.mkldnn
+    return [cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv, mkldnn.rnn]
+
+
 @contextmanager
 def strict_fp32() -> Iterator[None]:
-    """Full float32 arithmetic inside: no TF32, no autocast. Verdicts are given here, never in bf16."""
-    precision = torch.get_float32_matmul_precision()
-    tf32 = torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
+    """Full float32 arithmetic inside: no TF32, no bfloat16, no autocast. Verdicts are given here."""
+    operations = _float32_arithmetic()
+    outside = [operation.fp32_precision for operation in operations]
+    for operation in operations:
+        operation.fp32_precision = "ieee"
     try:
         with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
             yield
     finally:
-        torch.set_float32_matmul_precision(precision)
-        torch.backends.cudnn.allow_tf32 = tf32
+        for operation, precision in zip(operations, outside, strict=True):
+            operation.fp32_precision = precision
 
 
 # --- ready to be attacked ---------------------------------------------------------------------------

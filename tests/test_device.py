@@ -468,6 +468,46 @@ def test_robust_accuracy_is_not_raised_by_claims_in_bfloat16(monkeypatch):
     assert robust(ready) > 15  # the mutant, which trusts the search
 
 
+LOOSE = {
+    "matmul": lambda: torch.set_float32_matmul_precision("medium"),
+    "cuDNN": lambda: setattr(torch.backends.cudnn, "allow_tf32", True),
+    "everything": lambda: setattr(torch.backends, "fp32_precision", "bf16"),
+    "oneDNN": lambda: setattr(torch.backends.mkldnn, "fp32_precision", "bf16"),
+    "oneDNN matmul": lambda: setattr(torch.backends.mkldnn.matmul, "fp32_precision", "bf16"),
+    "oneDNN conv": lambda: setattr(torch.backends.mkldnn.conv, "fp32_precision", "bf16"),
+}
+
+
+@pytest.fixture
+def arithmetic_as_at_first():
+    places = [*device._float32_arithmetic(), torch.backends.mkldnn, torch.backends.cudnn, torch.backends]
+    before = [place.fp32_precision for place in places]
+    yield
+    for place, precision in zip(places, before, strict=True):
+        place.fp32_precision = precision
+
+
+@pytest.mark.usefixtures("arithmetic_as_at_first")
+@pytest.mark.parametrize("loosen", LOOSE.values(), ids=LOOSE)
+def test_verdicts_are_strict_whatever_is_set_outside_and_leave_it_as_it_was(loosen):
+    """Where matrix units take bfloat16, torch can be told to use it for float32."""
+    x, w, kernel = images(8, (64, 64)).flatten(0, 1), torch.randn(64, 64), torch.randn(8, 3, 3, 3)
+
+    def errors() -> tuple[float, float]:
+        conv = functional.conv2d
+        exact = x.double() @ w.double(), conv(images().double(), kernel.double())
+        found = x @ w, conv(images(), kernel)
+        return tuple(float((one - other).abs().max()) for one, other in zip(found, exact, strict=True))
+
+    loosen()
+    loose, settings = errors(), [place.fp32_precision for place in device._float32_arithmetic()]
+    with pytest.raises(KeyError), device.strict_fp32():
+        assert max(errors()) < 1e-4
+        raise KeyError
+    assert errors() == loose
+    assert [place.fp32_precision for place in device._float32_arithmetic()] == settings
+
+
 def test_confirmed_asks_the_strict_model_about_the_claimed_points_alone():
     model = oracle.linear()
     data, asked = oracle.linear_data(model), []
