@@ -124,8 +124,8 @@ def _float32_arithmetic() -> list[Any]:
 
     torch.set_float32_matmul_precision writes to some of them, torch.backends.fp32_precision stands behind all.
     """
-    cuda, cudnn, mkldnn = torch.backends.cuda, torch.backends.cudnn, torch.backends.mkldnn
-    return [cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv, mkldnn.rnn]
+    by: Any = torch.backends  # not annotated
+    return [by.cuda.matmul, by.cudnn.conv, by.cudnn.rnn, by.mkldnn.matmul, by.mkldnn.conv, by.mkldnn.rnn]
 
 
 @contextmanager
