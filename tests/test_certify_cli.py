@@ -21,10 +21,13 @@ from robustkit import report
 from robustkit.certify import page
 from robustkit.certify.certificates import PUBLISHED, Base, read_certification, read_rows
 from robustkit.certify.confidence import certified_radius
+from robustkit.device import fastest
 from robustkit.models import build, pretrained, save_weights
 from robustkit.results import Interval
 from tests.oracle import evaluation
 from tests.test_certify_smoothing import LOG, certification
+
+PRECISION = str(fastest(torch.device("cpu"))).removeprefix("torch.")
 
 pytestmark = pytest.mark.usefixtures("offline")
 
@@ -57,7 +60,7 @@ def test_certify_writes_rows_and_a_record_and_says_what_they_mean(run, weights):
     assert len(made.rows) == 5
     assert made.model == "mnist-clean"
     assert "weights sha256" in made.notes[0]
-    assert "float32" in out
+    assert f"base classifier: {PRECISION}, clean" in out
     assert "probability 0.999" in out
     assert f"average certified radius {made.summary()['average_certified_radius']:.3f}" in out
     assert f"no radius above {made.smoothing.largest_radius:.3f}" in out
@@ -67,7 +70,7 @@ def test_json_on_stdout_is_the_record(run, weights, tmp_path):
     status, out, _ = run("certify", weights, *settings(), "--out", "rows.tsv", "--json")
     assert status == 0
     assert json.loads(out) == json.loads((tmp_path / "rows.json").read_text())
-    assert json.loads(out)["base"]["precision"] == "float32"
+    assert json.loads(out)["base"]["precision"] == PRECISION
 
 
 def test_resume_completes_the_rows_and_nothing_is_overwritten_without_it(run, weights, tmp_path):

@@ -424,9 +424,12 @@ def test_killed_anywhere_the_file_is_completed_to_the_same_rows(tmp_path):
 
 
 def test_each_row_is_on_disk_before_the_next_image_begins(tmp_path):
-    path, model, calls = tmp_path / "rows.tsv", linear(), []
+    path, net, calls = tmp_path / "rows.tsv", linear(), []
 
-    def dying(x):  # a function, which `prepare` passes through: every call counted is one of the run
+    def model(x):  # a function, which `prepare` passes through: every call counted is one of the run
+        return net(x)
+
+    def dying(x):
         calls.append(len(x))
         if len(calls) > 2 + 3 * 3:  # two for the base, three for each of three images
             raise KeyboardInterrupt
@@ -436,9 +439,9 @@ def test_each_row_is_on_disk_before_the_next_image_begins(tmp_path):
         run(path, model=dying)
     stopped = path.read_text()
     assert len(stopped.splitlines()) == 2 + 3
-    run(path)
+    run(path, model=model)
     whole = tmp_path / "whole.tsv"
-    run(whole)
+    run(whole, model=model)
     assert path.read_text().startswith(stopped)
     assert timeless(path) == timeless(whole)
 
