@@ -251,6 +251,7 @@ SURROGATE = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).requires_grad_(False)
 OURS: dict[str, tuple[Attack, Any]] = {
     "square": (partial(square, queries=40), Ball("Linf", 0.1)),
     "square, L2": (partial(square, queries=40), Ball("L2", 0.5)),
+    "square, L1": (partial(square, queries=40), Ball("L1", 2.0)),
     "noise": (partial(noise, draws=10), Ball("L2", 0.5)),
     "transfer": (transfer(SURROGATE, pgd), Ball("Linf", 0.1)),
     "spatial-random": (spatial_random, RotationTranslation(30, 2)),
