@@ -229,6 +229,43 @@ ASKED: dict[str, dict[str, str]] = {
         "rank": "the rank of the share",
         "interval": "the best and the worst rank that its interval allows",
     },
+    "training_step": {
+        "attack": "candidates come from the attack, with every layer in eval mode",
+        "modes": "the loss is taken in the modes that were found, and they stay",
+        "update": "one step of the optimizer, along the gradient at the candidates and nothing else",
+        "loss": "the mean loss at the candidates, as a number",
+    },
+    "trades": {
+        "natural": "the mean cross-entropy on the images as they are",
+        "divergence": "beta times the mean divergence of the prediction on candidates from that on images",
+        "gradient": "the gradient flows through both predictions",
+    },
+    "recipe_faults": {
+        "train_mode": "an attack that looks at the model in train mode",
+        "units": "an attack that leaves the stated ball",
+        "outside": "candidates that are no images in [0, 1]",
+        "start": "an attack that always starts at the same point",
+        "leak": "an augmentation that tells the label",
+        "splits": "images that train, select or report, and do another of these as well",
+        "statistics": "an average of weights with batch statistics that are not its own",
+        "quiet": "no recipe without a fault is accused",
+    },
+    "selection": {
+        "epoch": "the epoch that is the most robust on held-out images, of equals the later",
+        "reported": "the test result of that epoch, and of no other",
+        "overfitted": "overfitting is told from chance by intervals",
+    },
+    "verdict": {
+        "yes": "what a figure proves of a claim, or of more than it",
+        "no": "what a figure refutes",
+        "open": "what a figure leaves open",
+        "other": "figures of another norm, or from more data, are not compared",
+    },
+    "cifar_weights": {
+        "clean": "clean accuracy, at the lower bound of its interval, reaches the pass mark",
+        "robust_half": "accuracy under the judge's attacks in the L2 ball of 0.5 reaches the first mark",
+        "robust_full": "accuracy under the judge's attacks in the L2 ball of 0.5 reaches the full mark",
+    },
     "votes": {
         "total": "as many votes as asked for, one count for each class",
         "noise": "each vote on its own Gaussian noise of the scale asked for, which nothing clamps",

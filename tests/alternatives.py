@@ -20,12 +20,14 @@ from scipy import stats
 
 import robustkit.attacks
 import robustkit.defences
+import robustkit.device
 import robustkit.evaluate
 import robustkit.leaderboard
 import robustkit.losses
 import robustkit.results
 import robustkit.wrappers
 from robustkit.contracts.response import CANARY
+from robustkit.device import attackable
 from robustkit.results import Interval
 from robustkit.threat import Ball
 from tests import responders
@@ -319,6 +321,159 @@ def loss_from_log_probabilities(model, x, y, eps):
 @right("adversarial_loss")
 def loss_over_candidates_image_by_image(model, x, y, eps):
     return torch.nn.CrossEntropyLoss()(model(fgsm_image_by_image(model, x, y, eps)), y)
+
+
+# --- lesson 3 -----------------------------------------------------------------------------------------
+
+
+@right("training_step")
+def step_of_the_reference(model, optimizer, x, y, attack):
+    with attackable(model):
+        candidates = attack(model, x, y)
+    optimizer.zero_grad()
+    loss = F.cross_entropy(model(candidates), y)
+    loss.backward()
+    optimizer.step()
+    return loss.item()
+
+
+@right("training_step")
+def step_with_modes_by_hand(model, optimizer, x, y, attack):
+    modes = {module: module.training for module in model.modules()}
+    for module in modes:
+        module.training = False
+    candidates = attack(model, x, y).detach()
+    for module, mode in modes.items():
+        module.training = mode
+    for parameter in model.parameters():
+        parameter.grad = None
+    loss = -model(candidates).log_softmax(1)[torch.arange(len(y)), y].mean()
+    loss.backward()
+    optimizer.step()
+    return float(loss)
+
+
+@right("training_step")
+def step_with_gradients_set(model, optimizer, x, y, attack):
+    with robustkit.device.modes_kept(model):
+        candidates = attack(model.eval(), x.clone(), y)
+    loss = F.nll_loss(model(candidates).log_softmax(1), y)
+    parameters = list(model.parameters())
+    for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+        parameter.grad = gradient
+    optimizer.step()
+    return loss.detach().numpy()
+
+
+@right("trades")
+def trades_in_one_pass(model, x, candidates, y, beta):
+    natural, attacked = model(torch.cat([x, candidates])).chunk(2)
+    apart = F.kl_div(attacked.log_softmax(1), natural.softmax(1), reduction="batchmean")
+    return F.cross_entropy(natural, y) + beta * apart
+
+
+@right("trades")
+def trades_by_its_formula(model, x, candidates, y, beta):
+    p, q = model(x).softmax(1), model(candidates).softmax(1)
+    apart = (p * (p / q).log()).sum(1)
+    return (beta * apart - p[torch.arange(len(y)), y].log()).mean()
+
+
+@right("trades")
+def trades_with_distributions(model, x, candidates, y, beta):
+    p, q = (torch.distributions.Categorical(logits=model(images)) for images in (x, candidates))
+    return -p.log_prob(y).mean() + beta * torch.distributions.kl_divergence(p, q).mean()
+
+
+@right("trades")
+def trades_as_the_kit_has_it(model, x, candidates, y, beta):
+    log_p, log_q = model(x).log_softmax(1), model(candidates).log_softmax(1)
+    return F.nll_loss(log_p, y) + beta * F.kl_div(log_q, log_p, reduction="sum", log_target=True) / len(x)
+
+
+@right("recipe_faults")
+def faults_by_experiment(recipe, models, x, y):
+    found = set()
+    watched, modes = copy.deepcopy(models[0]).train(), []
+    watched.register_forward_hook(lambda module, given, out: modes.append(module.training))
+    points = recipe.attack(watched, x, y, torch.Generator().manual_seed(0))
+    if True in modes:
+        found.add("train_mode")
+    if ((points < 0) | (points > 1)).any():
+        found.add("outside")
+    elif recipe.ball.size(points - x).max() > 1.01 * recipe.ball.eps:
+        found.add("units")
+    blind = copy.deepcopy(models[0])
+    blind[-1].weight.data *= 0
+    one, other = (recipe.attack(blind, x, y, torch.Generator().manual_seed(i)) for i in (5, 6))
+    if (one == other).all():
+        found.add("start")
+    seeds = [torch.Generator().manual_seed(3) for _ in range(2)]
+    if (recipe.augment(x, y, seeds[0]) != recipe.augment(x, y.flip(0), seeds[1])).any():
+        found.add("leak")
+    sets = recipe.trained_on, recipe.selected_by, recipe.reported_on
+    if sum(map(len, sets)) > len(frozenset.union(*sets)):
+        found.add("splits")
+    mean = next(
+        m for m in recipe.average(models, x).modules() if isinstance(m, torch.nn.BatchNorm1d)
+    ).running_mean
+    if (mean == models[0][1].running_mean).all():
+        found.add("statistics")
+    return sorted(found)
+
+
+@right("recipe_faults")
+def faults_from_batch_statistics(recipe, models, x, y):
+    """Another witness of train mode: a pass in it moves BatchNorm's running mean."""
+    model = copy.deepcopy(models[1]).train()
+    before = model[1].running_mean.clone()
+    points = recipe.attack(model, x, y, torch.Generator().manual_seed(1))
+    outside = bool(points.min() < 0) or bool(points.max() > 1)
+    flat = torch.nn.Sequential(*copy.deepcopy(models[1]), torch.nn.Linear(2, 2)).eval()
+    flat[-1].weight.data.zero_()
+    start = recipe.attack(flat, x, y, torch.Generator().manual_seed(1))
+    again = recipe.attack(flat, x, y, torch.Generator().manual_seed(2))
+    views = [recipe.augment(x, torch.full_like(y, i), torch.Generator().manual_seed(4)) for i in (0, 1)]
+    average = recipe.average(models, x)
+    tests = {
+        "train_mode": not torch.equal(before, model[1].running_mean),
+        "outside": outside,
+        "units": not outside and not bool(recipe.ball.contains(x, points).all()),
+        "start": torch.equal(start, again),
+        "leak": not torch.equal(*views),
+        "splits": not (
+            recipe.trained_on.isdisjoint(recipe.selected_by)
+            and recipe.trained_on.isdisjoint(recipe.reported_on)
+            and recipe.selected_by.isdisjoint(recipe.reported_on)
+        ),
+        "statistics": torch.equal(average[1].running_mean, models[0][1].running_mean),
+    }
+    return [name for name, is_so in tests.items() if is_so]
+
+
+@right("selection")
+def chosen_by_sorting(history):
+    ranked = sorted(history, key=lambda look: (look.held_out.share, look.epoch))
+    best, last = ranked[-1], history[-1]
+    return best.epoch, best.test, last.held_out.bounds[1] < best.held_out.bounds[0]
+
+
+@right("selection")
+def chosen_backwards(history):
+    best = max(reversed(history), key=lambda look: look.held_out.k)
+    return torch.tensor(best.epoch), best.test, np.bool_(best.held_out.low > history[-1].held_out.high)
+
+
+@right("verdict")
+def verdict_by_what_is_implied(figure, claim):
+    """Whoever is right against more is right against less; whoever falls to less falls to more."""
+    order = {"FGSM": 0, "PGD-20": 1, "PGD-50x10": 2, "AutoAttack": 3}
+    if figure.more_data or figure.ball.norm != claim.ball.norm:
+        return "other"
+    pairs = (figure.ball.eps, claim.ball.eps), (order[figure.attack], order[claim.attack])
+    if all(a >= b for a, b in pairs) and claim.share <= figure.robust.low:
+        return "yes"
+    return "no" if all(a <= b for a, b in pairs) and claim.share > figure.robust.high else "open"
 
 
 # --- measures ----------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from robustkit.contracts import (
     response,
     service,
     tradeoff,
+    training,
     triage,
 )
 from robustkit.contracts.base import Arrays, Contract, Finding, examine, judge_safely, observe_safely
@@ -45,6 +46,12 @@ CONTRACTS: dict[str, Contract] = {
     "bpda": masking.BPDA,
     "suspects": masking.SUSPECTS,
     "standing": evaluation.STANDING,
+    "training_step": training.STEP,
+    "trades": training.TRADES,
+    "recipe_faults": training.RECIPE_FAULTS,
+    "selection": training.SELECTION,
+    "verdict": training.VERDICT,
+    "cifar_weights": models.CIFAR_WEIGHTS,
     "grader_prediction": grader.GRADER_PREDICTION,
     "grader_forgery": grader.FORGE,
     "grader_number": grader.NUMBER,

@@ -9,7 +9,8 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from typing import Any
+from contextlib import suppress
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -19,9 +20,10 @@ from torch import Tensor, nn
 from robustkit.attacks import fgsm
 from robustkit.audit import CHECKS, Budget, Runs
 from robustkit.contracts.base import Arrays, Contract, Finding, measured, text, untext
-from robustkit.data import load
+from robustkit.data import Dataset, load
 from robustkit.device import attackable, seeded, strict_fp32, tier
-from robustkit.models import mnist_cnn, pretrained, zoo
+from robustkit.errors import RobustkitError
+from robustkit.models import build, mnist_cnn, pretrained, zoo
 from robustkit.results import Interval
 from robustkit.threat import Ball
 
@@ -69,21 +71,18 @@ def _weights(model: Any) -> Arrays:
     return {f"weights.{name}": value.detach().cpu().numpy() for name, value in model.state_dict().items()}
 
 
-def _rebuild(evidence: Arrays) -> nn.Sequential | None:
-    """The course's CNN with the submitted weights; None when they are not its weights."""
-    model = mnist_cnn()
+def _rebuild(evidence: Arrays, model: nn.Sequential) -> nn.Sequential | None:
+    """A fresh `model` with the submitted weights; None when they are not its weights."""
     state = {key.removeprefix("weights."): a for key, a in evidence.items() if key.startswith("weights.")}
-    expected = {name: (tuple(value.shape), np.float32) for name, value in model.state_dict().items()}
+    expected = {name: (tuple(a.shape), a.numpy().dtype) for name, a in model.state_dict().items()}
     if {name: (array.shape, array.dtype) for name, array in state.items()} != expected:
         return None
-    model.load_state_dict({name: torch.from_numpy(array) for name, array in state.items()})
+    model.load_state_dict({name: torch.from_numpy(np.array(array)) for name, array in state.items()})
     return model.eval()
 
 
-def _other_architecture(criteria: tuple[str, ...]) -> list[Finding]:
-    hint = (
-        "these are not the weights of robustkit.models.mnist_cnn, in float32: keep the lesson's architecture"
-    )
+def _other_architecture(criteria: tuple[str, ...], name: str) -> list[Finding]:
+    hint = f"these are not the weights of {name}, in float32: keep the lesson's architecture"
     return [Finding(criterion, "WRONG_ARCHITECTURE", hint) for criterion in criteria]
 
 
@@ -116,9 +115,9 @@ def _observe_report(subject: Any, case: Arrays) -> Arrays:
 
 
 def _judge_report(case: Arrays, evidence: Arrays) -> list[Finding]:
-    model, report = _rebuild(evidence), evidence["report"]
+    model, report = _rebuild(evidence, mnist_cnn()), evidence["report"]
     if model is None:
-        return _other_architecture(_REPORT)
+        return _other_architecture(_REPORT, "robustkit.models.mnist_cnn")
     if report.shape != (3, 3) or not np.allclose(report[:, 0], EPSILONS):
         # The model alone earns nothing: an untouched notebook trains it too.
         return [
@@ -199,12 +198,13 @@ def balanced(model: nn.Sequential, x: Tensor) -> nn.Sequential:
 
 
 def _judge_robust_model(case: Arrays, evidence: Arrays) -> list[Finding]:
-    model = _rebuild(evidence)
+    model = _rebuild(evidence, mnist_cnn())
     if model is None:
-        return _other_architecture(_ROBUST)
+        return _other_architecture(_ROBUST, "robustkit.models.mnist_cnn")
     level = untext(case["tier"])
     x, y = _judged_images(case)
-    if name := _shipped(model, x, level):
+    # Models of this very tier are left out: who follows their recipe may arrive at them.
+    if name := _shipped(model, x, [n for n in _names("mnist_cnn") if zoo.card(n)["tier"] != level]):
         hint = f"these are the weights of {name}, which come with robustkit; train a model of your own"
         return [Finding(criterion, "SHIPPED_WEIGHTS", hint) for criterion in _ROBUST]
     right = _correct(model, x, y)
@@ -214,7 +214,8 @@ def _judge_robust_model(case: Arrays, evidence: Arrays) -> list[Finding]:
         hint = f"clean accuracy {clean}: lower bound below {ROBUST_CLEAN_MARK[level]:.0%}"
         found.append(Finding("clean", "CLEAN_ACCURACY_LOW", hint))
     one_step = _share(right & _correct(model, x, y, lambda a, b: fgsm(model, a, b, BALL)))
-    robust, doubts = _attacked(model, x, y, level, int(case["seed"]))
+    even, budget = balanced(model, x), BUDGETS[level]
+    robust, doubts = _attacked(even, x, y, BALL, budget, PGD_HALF_MARK[level], int(case["seed"]))
     measured("pgd_full", robust.k, robust.n)
     told = f"under the worst of the judge's attacks at eps 0.3 it keeps {robust}"
     masked = one_step.share - robust.share > 0.2
@@ -232,28 +233,31 @@ def _judge_robust_model(case: Arrays, evidence: Arrays) -> list[Finding]:
 
 
 def _attacked(
-    model: nn.Sequential, x: Tensor, y: Tensor, level: str, seed: int
+    model: nn.Sequential, x: Tensor, y: Tensor, ball: Ball, budget: Budget, lowest: float, seed: int
 ) -> tuple[Interval, list[str]]:
     """The share that survives every attack, and what the audit says against believing it.
 
     What gradient attacks leave is first compared with the lowest mark: below it, the rest would change nothing.
     """
-    even = balanced(model, x)
-    runs = Runs(even, x, y, BALL, seed, BUDGETS[level], None, 250)
-    with attackable(even), strict_fp32():
-        if _share(~runs.white_box).low < PGD_HALF_MARK[level]:
+    runs = Runs(model, x, y, ball, seed, budget, None, 250)
+    with attackable(model), strict_fp32():
+        if _share(~runs.white_box).low < lowest:
             return _share(~runs.white_box), []
         outcomes = [check(runs) for check in CHECKS if check.name in AUDITED]
         left = _share(~(runs.white_box | runs.square | runs.noise))
     return left, [outcome.evidence for outcome in outcomes if outcome.verdict != "passed"]
 
 
-def _shipped(model: nn.Module, x: Tensor, level: str) -> str:
-    """The trained model of the package that gives the same answers, or "".
+def _names(architecture: str) -> list[str]:
+    """The trained models of the package of one architecture."""
+    return [name for name in zoo.names() if zoo.card(name)["architecture"] == architecture]
+
+
+def _shipped(model: nn.Module, x: Tensor, names: list[str]) -> str:
+    """The trained model among `names` that gives the same answers, or "".
 
     The logits are compared, up to shift and scale, on images and on noise: weights that were permuted or
-    rescaled are the same model. Two trainings with different random draws agree far less on noise. Models of
-    this very tier are left out: who follows their recipe may arrive at them.
+    rescaled are the same model. Two trainings with different random draws agree far less on noise.
     """
     points = torch.cat([x, torch.rand(x.shape, generator=seeded(0, "noise"))])
 
@@ -262,11 +266,9 @@ def _shipped(model: nn.Module, x: Tensor, level: str) -> str:
             logits = one(points).double()
         return F.normalize(logits - logits.mean(1, keepdim=True), dim=1)
 
-    for name in zoo.names():
-        if zoo.card(name)["architecture"] == "mnist_cnn" and zoo.card(name)["tier"] != level:
-            agreement = (answers(model) * answers(pretrained(name))).sum(1).mean()
-            if agreement > SAME_MODEL:
-                return name
+    for name in names:
+        if (answers(model) * answers(pretrained(name))).sum(1).mean() > SAME_MODEL:
+            return name
     return ""
 
 
@@ -276,4 +278,80 @@ SAME_MODEL = 0.999  # mean cosine
 _ROBUST = ("clean", "pgd_half", "pgd_full")
 ROBUST_MODEL = Contract(
     _ROBUST, _draw, _observe_model, _judge_robust_model, essential=("pgd_half",), hidden=_HIDDEN
+)
+
+
+# --- weights for CIFAR-10 ------------------------------------------------------------------------------
+
+CIFAR_BALL = Ball("L2", 0.5)
+CIFAR_MODEL = "preact_resnet10_w16"
+CIFAR_SOURCES = (("cifar10-jpeg", "test"), ("cifar10", "test"))  # the first at hand is judged on
+N_CIFAR = {"smoke": 20, "standard": 200, "full": 1000}
+CIFAR_BUDGETS = {
+    "smoke": Budget(steps=5, restarts=1, queries=20, draws=5),
+    "standard": Budget(steps=10, restarts=1, queries=100, draws=20),
+    "full": Budget(steps=50, restarts=10, queries=1000, draws=200),
+}
+CIFAR_CLEAN_MARK = {"smoke": 0.25, "standard": 0.50, "full": 0.55}
+CIFAR_HALF_MARK = {"smoke": 0.10, "standard": 0.22, "full": 0.30}
+CIFAR_FULL_MARK = {"smoke": 0.12, "standard": 0.32, "full": 0.38}
+_CIFAR = ("clean", "robust_half", "robust_full")
+
+
+def cifar_test(limit: int | None, seed: int = 0) -> Dataset:
+    """Test images of CIFAR-10, from the first of `CIFAR_SOURCES` at hand. Raises: RobustkitError when none is."""
+    *others, last = CIFAR_SOURCES
+    for name, split in others:
+        with suppress(RobustkitError):
+            return load(name, split, limit=limit, seed=seed)
+    return load(*last, limit=limit, seed=seed)
+
+
+def _judge_cifar_model(case: Arrays, evidence: Arrays) -> list[Finding]:
+    model = _rebuild(evidence, cast(nn.Sequential, build(CIFAR_MODEL)))
+    if model is None:
+        return _other_architecture(_CIFAR, f'robustkit.models.build("{CIFAR_MODEL}")')
+    level, seed = untext(case["tier"]), int(case["seed"])
+    try:
+        images = cifar_test(N_CIFAR[level], seed)
+    except RobustkitError as error:
+        return [Finding(criterion, "NOT_COUNTED", f"nothing to judge on: {error}") for criterion in _CIFAR]
+    x, y = images.x, images.y
+    if name := _shipped(model, x, _names(CIFAR_MODEL)):
+        hint = f"these are the weights of {name}, which come with robustkit; train on from them, or train your own"
+        return [Finding(criterion, "SHIPPED_WEIGHTS", hint) for criterion in _CIFAR]
+    clean, found = _share(_correct(model, x, y)), []
+    measured("clean", clean.k, clean.n)
+    if clean.low < CIFAR_CLEAN_MARK[level]:
+        hint = f"clean accuracy {clean}: lower bound below {CIFAR_CLEAN_MARK[level]:.0%}"
+        found.append(Finding("clean", "CLEAN_ACCURACY_LOW", hint))
+    even = _even_logits(model, x)
+    robust, doubts = _attacked(even, x, y, CIFAR_BALL, CIFAR_BUDGETS[level], CIFAR_HALF_MARK[level], seed)
+    measured("robust_full", robust.k, robust.n)
+    told = f"under the worst of the judge's attacks, {CIFAR_BALL}, it keeps {robust}"
+    for criterion, mark in (("robust_half", CIFAR_HALF_MARK[level]), ("robust_full", CIFAR_FULL_MARK[level])):
+        if doubts:
+            hint = f"{told}, which cannot be believed: {doubts[0]}"
+            found.append(Finding(criterion, "MASKED_GRADIENTS", hint))
+        elif robust.low < mark:
+            found.append(Finding(criterion, "NOT_ROBUST", f"{told}; the lower bound must reach {mark:.0%}"))
+    return found
+
+
+def _even_logits(model: nn.Sequential, x: Tensor) -> nn.Sequential:
+    """The same decisions from logits of mean size one on `x`: their scale can hide the gradient of a loss.
+
+    Inside the network BatchNorm undoes scales by itself. Logits of nothing but zeros stay as they are.
+    """
+    model = copy.deepcopy(model)
+    head: nn.Linear = model[1].head  # type: ignore[assignment]
+    with torch.no_grad():
+        size = float(model(x).double().abs().mean()) or 1.0
+        for parameter in head.parameters():
+            parameter.copy_((parameter.double() / size).float())
+    return model
+
+
+CIFAR_WEIGHTS = Contract(
+    _CIFAR, _draw, _observe_model, _judge_cifar_model, essential=("robust_half",), hidden=_HIDDEN
 )
