@@ -108,6 +108,11 @@ LESSON_WORK: dict[str, tuple[float, tuple[Training | Attacking, ...]]] = {
             Attacking("pgd-40", {"smoke": 1_000, "standard": 110_000, "full": 600_000}),
         ),
     ),
+    "03-cifar-pgd": (
+        60.0,  # with the JPEGs, decoded
+        # Continuations, looks, the judge's attacks, PGD-50x10 and `fast`; a photograph counts for sixty, trained on.
+        (Attacking("pgd-40", {"smoke": 5_000, "standard": 200_000, "full": 6_000_000}),),
+    ),
     "04-certified": (
         40.0,
         (
