@@ -315,6 +315,15 @@ LESSONS: dict[str, Lesson] = {
             "Scenario 2: a CIFAR-10 ResNet above 70 % under strong PGD, honestly",
             (
                 Exercise(
+                    "s3_verdict_check",
+                    "Seventy percent of what?",
+                    "verdict",
+                    ("verdict",),
+                    {"yes": 1, "no": 1, "open": 1, "other": 1},
+                    2,
+                    15,
+                ),
+                Exercise(
                     "s3_step_check",
                     "The training step",
                     "training_step",
@@ -361,15 +370,6 @@ LESSONS: dict[str, Lesson] = {
                     {"clean": 1, "robust_half": 2, "robust_full": 3},
                     2,
                     30,
-                ),
-                Exercise(
-                    "s3_verdict_check",
-                    "Seventy percent of what?",
-                    "verdict",
-                    ("verdict",),
-                    {"yes": 1, "no": 1, "open": 1, "other": 1},
-                    2,
-                    15,
                 ),
             ),
             (
