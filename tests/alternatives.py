@@ -350,7 +350,7 @@ def step_with_modes_by_hand(model, optimizer, x, y, attack):
     loss = -model(candidates).log_softmax(1)[torch.arange(len(y)), y].mean()
     loss.backward()
     optimizer.step()
-    return float(loss)
+    return float(loss.detach())
 
 
 @right("training_step")
