@@ -13,6 +13,7 @@ import copy
 import json
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,10 +96,11 @@ def main() -> None:
         "data": {"train": asdict(images.provenance), "held_out": asdict(held_out.provenance)},
     }
     started = time.process_time()
-    for name, make in {
-        "overfitting": lambda: overfitting(images.take(range(1_000)), held_out, 24),
-        "capacity": lambda: capacity(images, held_out, 8),
-    }.items():
+    parts = {
+        "overfitting": partial(overfitting, images.take(range(1_000)), held_out, 24),
+        "capacity": partial(capacity, images, held_out, 8),
+    }
+    for name, make in parts.items():
         record[name] = make()
         record["cpu_minutes"] = round((time.process_time() - started) / 60, 1)
         options.out.parent.mkdir(parents=True, exist_ok=True)

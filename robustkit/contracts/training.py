@@ -375,9 +375,9 @@ def _procedure(case: Arrays, i: int) -> Procedure:
             for latest in models[1:]:
                 for value, other in zip(mean.parameters(), latest.parameters(), strict=True):
                     value.lerp_(other, 0.5)
-                for value, other in zip(mean.buffers(), latest.buffers(), strict=True):
-                    if value.is_floating_point() and not fault["statistics"] and way % 2:
-                        value.lerp_(other, 0.5)
+                for kept, newer in zip(mean.buffers(), latest.buffers(), strict=True):
+                    if kept.is_floating_point() and not fault["statistics"] and way % 2:
+                        kept.lerp_(newer, 0.5)
             if not fault["statistics"] and not way % 2:  # its own, from a pass over images
                 for layer in mean.modules():
                     if isinstance(layer, nn.BatchNorm1d):
