@@ -65,7 +65,10 @@ def training_step(model, optimizer, x, y, attack):
     optimizer.step()
     return loss
 """,
-        {"modes": "FROZEN_LAYER_THAWED", "update": "ATTACK_GRADIENTS", "loss": "GRAPH_KEPT"},
+        {
+            **{"modes": "FROZEN_LAYER_THAWED", "update": "ATTACK_GRADIENTS", "loss": "GRAPH_KEPT"},
+            "attack": "NOT_COUNTED",
+        },
     ),
     "s3_trades": (
         """
