@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from robustkit.evaluate import Runner
     from robustkit.leaderboard import Entry, Leaderboard, Standing
     from robustkit.results import Audit, Evaluation, Hardware
+    from robustkit.serve.redteam.records import Campaign
     from robustkit.serve.server import Running
     from robustkit.serve.triage import Triage
     from robustkit.threat import Ball
@@ -45,6 +46,8 @@ _USUAL |= dict.fromkeys(
 )
 _IMAGES: dict[str, int | None] = {"smoke": 200, "standard": 1_000, "full": None}
 _CERTIFIED = {"smoke": 20, "standard": 500, "full": 500}  # the published logs hold 500 images too
+
+_ATTACKED = {"smoke": (5, 50), "standard": (20, 200), "full": (100, 2_000)}  # images, queries for each
 
 _OF_A_RUN = ("checkpoint.pt", "model.safetensors", "run.json")
 
@@ -305,20 +308,28 @@ def _report(options: argparse.Namespace) -> int:
     from robustkit.certify import page
     from robustkit.certify.certificates import is_certification, read_certification
     from robustkit.results import read_evaluation
+    from robustkit.serve.redteam import page as redteam
+    from robustkit.serve.redteam.records import is_campaign, read_campaign
 
     _check_writable(options.out)
     proved = [path for path in options.results if is_certification(path)]
-    evaluations = [read_evaluation(path) for path in options.results if path not in proved]
+    attacked = [path for path in options.results if is_campaign(path)]
+    evaluations = [read_evaluation(path) for path in options.results if path not in (*proved, *attacked)]
     certifications = [read_certification(path) for path in proved]
-    report.write(report.render(evaluations, options.title, page.sections(certifications)), options.out)
+    campaigns = [read_campaign(path) for path in attacked]
+    more = [*page.sections(certifications), *redteam.sections(campaigns)]
+    report.write(report.render(evaluations, options.title, more), options.out)
     if options.json:
         record = {"type": "Report", "out": str(options.out), "evaluations": report.summary(evaluations)}
+        record["campaigns"] = [redteam.summary(one) for one in campaigns]
         _print_json(record | {"certifications": [page.summary(one) for one in certifications]})
     else:
         for evaluation in evaluations:
             print(f"{evaluation.model}: robust {evaluation.robust} against {evaluation.threat}")
         for one in certifications:
             print(f"{one.model}: certified, {one.smoothing}: {_curve_line(one.rows)}")
+        for found in campaigns:
+            print(f"{found.name}:\n{_campaign_text(found)}")
         print(f"written: {options.out}")
     return 0
 
@@ -441,6 +452,52 @@ def _announce(here: Running, options: argparse.Namespace) -> None:
             "Stop it with Ctrl-C or SIGTERM: what was accepted is answered first."
         )
     sys.stdout.flush()
+
+
+def _redteam(options: argparse.Namespace) -> int:
+    from robustkit import data, device, models, report
+    from robustkit.serve.redteam import page
+    from robustkit.serve.redteam.campaign import campaign
+    from robustkit.serve.redteam.client import read_access
+
+    ball = _ball(options)
+    tier = options.tier or device.tier()
+    images, queries = _ATTACKED[tier]
+    for place in (options.out, options.report):
+        if place:
+            _check_writable(place)
+    found = campaign(
+        read_access(options.url, options.keys, options.admin, options.accounts),
+        data.load(
+            options.data, options.split, limit=images if options.n is None else options.n, seed=options.seed
+        ),
+        options.attacks.split(","),
+        ball,
+        queries=queries if options.queries is None else options.queries,
+        name=options.name or options.url,
+        tier=tier,
+        adaptive=options.adaptive,
+        pace=options.pace,
+        surrogate=models.pretrained(options.surrogate) if options.surrogate else None,
+        seed=options.seed,
+    )
+    write_atomically(options.out, f"{found.to_json()}\n".encode())
+    if options.report:
+        report.write(report.render([], "Red team", page.sections([found])), options.report)
+    print(found.to_json() if options.json else f"{_campaign_text(found)}\nwritten: {options.out}")
+    if found.stopped:
+        status = 130 if found.stopped == "interrupted" else 2
+        return _complain(f"{found.stopped}: {options.out} holds what was measured until then.", status)
+    return 0
+
+
+def _campaign_text(found: Campaign) -> str:
+    from robustkit.serve.redteam.page import cells
+
+    rows = [[run.attack, str(run.threat), *cells(run)] for run in found.runs]
+    return "\n".join(
+        _columns(["attack", "threat model", "success", "median queries", "rejected", "keys burnt"], rows)
+    )
 
 
 # --- what `evaluate`, `audit` and `certify` are given -----------------------------------------------------------
@@ -1163,4 +1220,59 @@ def _parser() -> argparse.ArgumentParser:
     manifests.add_argument(
         "files", type=Path, nargs="+", metavar="FILE.yaml", help="what is applied together"
     )
+
+    redteam = add(
+        "redteam",
+        _redteam,
+        "Attack a service of your own within a query budget; each success is asked about again.",
+        "robustkit redteam http://127.0.0.1:8000 --keys service/credentials.json --admin http://127.0.0.1:8001 "
+        "--data cifar10-jpeg --n 20 --queries 200",
+    )
+    redteam.add_argument("url", metavar="URL", help="data plane of a service that `robustkit serve` started")
+    redteam.add_argument(
+        "--keys",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="API keys, one a line, the last for checking results; or the credentials.json of the service",
+    )
+    redteam.add_argument(
+        "--admin",
+        default="",
+        metavar="URL",
+        help="control plane, which makes the accounts (needs credentials.json)",
+    )
+    redteam.add_argument(
+        "--accounts",
+        type=int,
+        default=1,
+        metavar="N",
+        help="keys of the attacker, made by --admin (default 1)",
+    )
+    redteam.add_argument("--data", required=True, choices=tuple(_USUAL), help="data set of the images")
+    redteam.add_argument("--split", default="test", help="split of it (default test)")
+    add_ball(redteam)
+    redteam.add_argument(
+        "--queries", type=int, metavar="N", help="budget for an image (default 50, 200 or 2,000, by tier)"
+    )
+    redteam.add_argument(
+        "--attacks",
+        default="square,simba,nes,hop-skip-jump,rotation-translation",
+        metavar="NAMES",
+        help="by comma; also transfer-pgd and art-square (default square,simba,nes,hop-skip-jump,rotation-translation)",
+    )
+    redteam.add_argument(
+        "--adaptive", action="store_true", help="follow the rejections with steps and noise; keys take turns"
+    )
+    redteam.add_argument(
+        "--pace", type=float, default=0.0, metavar="SECONDS", help="between queries: a slow drip (default 0)"
+    )
+    redteam.add_argument("--surrogate", metavar="NAME", help="model of the kit that transfer-pgd searches on")
+    redteam.add_argument("--seed", **seed)
+    redteam.add_argument("--tier", **tier)
+    redteam.add_argument("--name", help="of the service's state in tables, e.g. 'reject' (default the URL)")
+    redteam.add_argument(
+        "--out", type=Path, default=Path("redteam.json"), metavar="FILE", help="default redteam.json"
+    )
+    redteam.add_argument("--report", type=Path, metavar="FILE", help="write the page as well")
     return parser

@@ -542,12 +542,14 @@ def art_hop_skip_jump(
     ball: Ball,
     *,
     steps: int = 50,
+    start: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """ART's HopSkipJump: labels alone, one image at a time; its points are projected into the ball.
 
     Source: Chen, Jordan & Wainwright 2020 (arXiv 1904.02144); art.attacks.evasion.HopSkipJump. Difference:
-    the start is noise or another image of the batch; ART alone draws it from a state that cannot be seeded.
+    the start is noise or another image of the batch, which costs 100 predictions and one for each image, or `start`,
+    images of other classes, which costs none; ART alone draws it from a state that cannot be seeded.
     Shapes, units: as `robustkit.attacks.pgd`. Randomness: from `generator`.
     Raises: RobustkitError for norms other than Linf and L2, unusable input, or a missing library.
     """
@@ -555,7 +557,11 @@ def art_hop_skip_jump(
     kind = _peer("art.attacks.evasion").HopSkipJump
 
     def attack(model: nn.Module, x: Tensor, y: Tensor, seed: int) -> Tensor:
-        starts, found = _starts(model, x, y)
+        starts, found = (
+            _starts(model, x, y)
+            if start is None
+            else (start.to(x), torch.full_like(y, True, dtype=torch.bool))
+        )
         rows = _right(model, x, y) & found
         peer = kind(_art_classifier(model, x, classes), norm=ORDER[ball.norm], max_iter=steps, verbose=False)
         return _only(

@@ -1,0 +1,223 @@
+"""Attacks by defence: what black-box attackers achieve against `robustkit.serve`, undefended, defended, and adapting.
+
+The real service on sockets of this process, real images, several seeds (each draws other images and other noise); an
+attack begins with new accounts, and its results are checked by accounts of their own. Seeds are pooled.
+
+Writes docs/bench/redteam.json and docs/bench/redteam.md. Interrupted, it writes what it has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from robustkit import data, models
+from robustkit.files import write_atomically
+from robustkit.serve.redteam.campaign import campaign
+from robustkit.serve.redteam.client import granted
+from robustkit.serve.redteam.page import cells
+from robustkit.serve.redteam.records import Campaign, Run, pooled
+from robustkit.serve.server import running
+from robustkit.serve.settings import DETECTORS, Settings
+from robustkit.threat import Ball
+
+OUT = Path(__file__).resolve().parents[1] / "docs" / "bench"
+MODEL, SURROGATE = "cifar10-l2-w16", "cifar10-gaussian-0.25-w16"
+BALL = Ball("Linf", 12 / 255)
+RATE = "9999999/minute"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One state of the defence, one attacker."""
+
+    attacks: tuple[str, ...]
+    mode: str = "reject"
+    detectors: tuple[str, ...] = DETECTORS
+    output: str = "full"
+    adaptive: bool = False
+    accounts: int = 1
+
+
+_SCORES = ("square", "simba", "nes", "art-square")
+_ALL = (*_SCORES, "hop-skip-jump", "transfer-pgd", "rotation-translation")
+_ADAPTS = ("square", "simba", "nes", "hop-skip-jump", "rotation-translation")
+CASES = {
+    "off": Case(_ALL, mode="off", detectors=()),
+    "on": Case(_ALL),
+    "on, adaptive": Case(_ADAPTS, adaptive=True),
+    "fingerprints": Case(("square",), detectors=("fingerprints",)),
+    "fingerprints, adaptive": Case(("square",), detectors=("fingerprints",), adaptive=True),
+    "low-frequency": Case(("square",), detectors=("low-frequency",)),
+    "low-frequency, adaptive": Case(("square",), detectors=("low-frequency",), adaptive=True),
+    "ban after 5": Case(("square", "rotation-translation"), mode="ban"),
+    "ban after 5, adaptive, 10 keys": Case(
+        ("square", "rotation-translation"), mode="ban", adaptive=True, accounts=10
+    ),
+    "labels alone, off": Case(("square", "rotation-translation"), mode="off", detectors=(), output="label"),
+}
+
+
+def measured(name: str, case: Case, n: int, queries: int, seed: int) -> Campaign:
+    """One case under one seed, on a service of its own."""
+    images = data.load("cifar10-jpeg", "test", limit=n, seed=seed)
+    with tempfile.TemporaryDirectory() as folder:
+        settings = Settings(
+            Path(folder),
+            model=MODEL,
+            port=0,
+            admin_port=0,
+            account_rate=RATE,
+            address_rate=RATE,
+            mode=case.mode,
+            detectors=case.detectors,
+            output=case.output,
+        )
+        with running(settings) as here:
+            return campaign(
+                granted(here.url, here.admin_url, here.admin, case.accounts),
+                images,
+                case.attacks,
+                BALL,
+                queries=queries,
+                name=name,
+                tier="standard",
+                adaptive=case.adaptive,
+                surrogate=models.pretrained(SURROGATE),
+                progress=False,
+                seed=seed,
+            )
+
+
+def pool(campaigns: Sequence[Campaign]) -> dict[str, Run]:
+    """Attack -> its run over all seeds."""
+    attacks = dict.fromkeys(run.attack for one in campaigns for run in one.runs)
+    return {
+        attack: pooled([run for one in campaigns for run in one.runs if run.attack == attack])
+        for attack in attacks
+    }
+
+
+def seeds_apart(campaigns: Sequence[Campaign], attack: str) -> list[float | None]:
+    """The success of each seed alone."""
+    shares = [run.success() for one in campaigns for run in one.runs if run.attack == attack]
+    return [None if share is None else round(share.share, 3) for share in shares]
+
+
+def page(found: dict[str, list[Campaign]], minutes: float) -> str:
+    """The table of attacks by defence, as Markdown."""
+    first = next(iter(found.values()))[0]
+    seeds = sorted({one.seed for each in found.values() for one in each})
+    lines = [
+        "# Attacks by defence",
+        "",
+        "Written by `python scripts/bench_redteam.py`. A success is a fresh query, with the bytes that the attack had "
+        "sent and by an account of its own, that gets another class, inside the threat model and the budget, on an "
+        "image that was right at first. 95 % Wilson intervals over the images of all seeds; n is the number attacked.",
+        "",
+        f"Black box through the service's HTTP API, {BALL.norm} eps {255 * BALL.eps:g}/255, rotations up to 30 degrees "
+        f"with shifts up to 3 pixels, untargeted, at most {first.runs[0].threat.queries} queries an image. Model "
+        f"{MODEL}, surrogate {SURROGATE}; {len(first.indices)} images a seed of {first.data}; seeds "
+        f"{', '.join(map(str, seeds))}; {first.hardware}; {minutes:.0f} minutes in all.",
+        "",
+        '"On" is both detectors in mode reject. Adaptive attackers tune step and noise to the rejections; their keys '
+        "take turns. Rejected: share of the attack's queries, a cost and no measure of security.",
+        "",
+        "| defence and attacker | attack | success | by seed | median queries | rejected | keys burnt |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, each in found.items():
+        for attack, run in pool(each).items():
+            success, *rest = cells(run)
+            apart = ", ".join("-" if one is None else f"{one:.0%}" for one in seeds_apart(each, attack))
+            lines.append(f"| {name} | {attack} | {success} | {apart} | {' | '.join(rest)} |")
+    return "\n".join([*lines, ""])
+
+
+def record(found: dict[str, list[Campaign]], minutes: float) -> dict[str, Any]:
+    """Totals of each case, and each attempt on an image that was right at first."""
+    first = next(iter(found.values()))[0]
+    return {
+        "type": "RedTeamBench",
+        "data": str(first.data),
+        "model": MODEL,
+        "surrogate": SURROGATE,
+        "images_a_seed": len(first.indices),
+        "minutes": round(minutes, 1),
+        "hardware": asdict(first.hardware),
+        "cases": {
+            name: [
+                {"threat": str(run.threat), "by_seed": seeds_apart(each, attack), **run.record()}
+                for attack, run in pool(each).items()
+            ]
+            for name, each in found.items()
+        },
+        "attempts": {
+            "columns": ["seed", "image", "succeeded", "queries", "rejected", "keys burnt", "size"],
+            "rows": {
+                f"{name}: {attack}": [
+                    [
+                        told.seed,
+                        one.image,
+                        run.succeeded(one),
+                        one.queries,
+                        one.rejected,
+                        one.burnt,
+                        one.size,
+                    ]
+                    for told in each
+                    for run in told.runs
+                    if run.attack == attack
+                    for one in run.attacked
+                ]
+                for name, each in found.items()
+                for attack in pool(each)
+            },
+        },
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--images", type=int, default=16, help="for each seed (default 16)")
+    parser.add_argument("--queries", type=int, default=100, help="for each image and attack (default 100)")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--cases", nargs="*", default=list(CASES), help="some of them, by name")
+    parser.add_argument("--out", type=Path, default=OUT, help="folder (default docs/bench)")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    logging.getLogger("robustkit.serve").setLevel(logging.CRITICAL)
+    found: dict[str, list[Campaign]] = {}
+    started = time.monotonic()
+    try:
+        for seed in range(options.seeds):
+            for name in options.cases:
+                print(f"{name}, seed {seed}", file=sys.stderr)
+                one = measured(name, CASES[name], options.images, options.queries, seed)
+                found.setdefault(name, []).append(one)
+                if one.stopped:
+                    raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        print("bench: interrupted", file=sys.stderr)
+    if found:
+        minutes = (time.monotonic() - started) / 60
+        text = page(found, minutes)
+        write_atomically(options.out / "redteam.json", f"{json.dumps(record(found, minutes))}\n".encode())
+        write_atomically(options.out / "redteam.md", text.encode())
+        print(text, file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
