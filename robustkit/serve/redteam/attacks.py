@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from typing import Any, Protocol
 
 import torch
@@ -80,6 +81,19 @@ class Dial:
         self.down() if answered else self.up()
 
 
+def check(names: Sequence[str], surrogate: Model | None) -> None:
+    """Raises: RobustkitError for an unknown name, a library that is not installed, or transfer without a surrogate."""
+    if unknown := [name for name in names if name not in KNOWLEDGE]:
+        raise RobustkitError(f"attack {unknown[0]!r} is unknown; choose of {', '.join(KNOWLEDGE)}.")
+    if "transfer-pgd" in names and surrogate is None:
+        raise RobustkitError("transfer-pgd needs a model of the attacker's own; name one with --surrogate.")
+    if {"hop-skip-jump", "art-square"} & set(names) and find_spec("art") is None:
+        raise RobustkitError(
+            "hop-skip-jump and art-square are ART's, which is not installed; pip install 'robustkit[peers]', or leave "
+            "them out."
+        )
+
+
 def chosen(
     names: Sequence[str],
     ball: Ball,
@@ -90,9 +104,9 @@ def chosen(
 ) -> dict[str, QueryAttack]:
     """Attacks by name. `others` are the attacker's other images and their classes, to start from.
 
-    An attack keeps its dial from one image to the next. Raises: RobustkitError for an unknown name, or transfer
-    without a surrogate.
+    An attack keeps its dial from one image to the next. Raises: as `check`.
     """
+    check(names, surrogate)
     dial = Dial(0.25) if adaptive else Dial(0.25, 1, 1)
     known: dict[str, QueryAttack] = {
         "square": partial(block_search, dial=dial) if adaptive else _square,
@@ -104,10 +118,6 @@ def chosen(
     }
     if surrogate is not None:
         known["transfer-pgd"] = partial(_transfer, surrogate)
-    if unknown := [name for name in names if name not in KNOWLEDGE]:
-        raise RobustkitError(f"attack {unknown[0]!r} is unknown; choose of {', '.join(KNOWLEDGE)}.")
-    if "transfer-pgd" in names and surrogate is None:
-        raise RobustkitError("transfer-pgd needs a model of the attacker's own; name one with --surrogate.")
     return {name: known[name] for name in names}
 
 

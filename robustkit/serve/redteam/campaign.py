@@ -21,6 +21,7 @@ from robustkit.serve.redteam.attacks import (
     SPATIAL,
     Dial,
     QueryAttack,
+    check,
     chosen,
     resampled,
 )
@@ -57,6 +58,7 @@ def campaign(
     Raises: RobustkitError for an unknown attack, a budget below 1, images that no file can hold, or a service that
     cannot be asked about the untouched images.
     """
+    check(names, surrogate)
     check_batch(data.x, data.y)
     check_units(ball, data.x)
     levels = 255 * data.x
@@ -66,9 +68,7 @@ def campaign(
         )
     side = RotationTranslation(30.0, round(0.1 * data.x.shape[-1]))
     threats = {
-        one: ThreatModel(
-            side if one == SPATIAL else ball, KNOWLEDGE.get(one, "label-only"), "untargeted", queries
-        )
+        one: ThreatModel(side if one == SPATIAL else ball, KNOWLEDGE[one], "untargeted", queries)
         for one in names
     }
     model, before = _scouted(access, data)
@@ -133,6 +133,13 @@ def _scouted(access: Access, data: Dataset) -> tuple[str, list[Answer | None]]:
         return model, [scout.ask(png(pixels(x))) for x in data.x]
 
 
+def _told(access: Access, body: bytes) -> int | None:
+    """The class that a fresh query about these bytes gets; None when it is rejected."""
+    with Client(access.url, [access.fresh()]) as witness:
+        answer = witness.ask(body)
+    return None if answer is None else answer.index
+
+
 def _attempt(
     access: Access,
     client: Client,
@@ -165,9 +172,7 @@ def _attempt(
             oracle(attack(oracle, x, y, threat.ball, generator=generator))
     after, inside, size = None, False, None
     if oracle.found is not None:
-        with Client(access.url, [access.fresh()]) as witness:
-            again = witness.ask(oracle.found)
-        after = None if again is None else again.index
+        after = _told(access, oracle.found)
         sent = decoded(oracle.found)
         inside = within(threat.ball, original, sent)
         if isinstance(threat.ball, Ball):
