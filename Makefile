@@ -63,7 +63,7 @@ lab: setup ## JupyterLab on the course, with nbgrader and formgrader (LAB_ARGS="
 	$(RUN) python -m jupyter lab --ServerApp.root_dir="$(CURDIR)" --LabApp.default_url=/lab/tree/course $(LAB_ARGS)
 
 # torchattacks and adv-lib ask for versions that the course cannot have: they lie beside the environment.
-bench: setup ## time everybody's FGSM, PGD and AutoAttack against the passes they cannot do without
+bench: setup ## time everybody's attacks against their bare passes; what grading, certifying and serving cost; the red team
 	$(RUN) test -d "$$VIRTUAL_ENV/bench-peers/torchattacks" || pip install -q --no-deps \
 	    --target "$$VIRTUAL_ENV/bench-peers" torchattacks==3.5.1 adv-lib==0.2.8 || \
 	    echo "bench: without torchattacks and adv-lib" >&2
@@ -71,6 +71,8 @@ bench: setup ## time everybody's FGSM, PGD and AutoAttack against the passes the
 	$(RUN) python scripts/bench_grading.py --submissions 24
 	$(RUN) python scripts/bench_certify.py --images 10 > docs/bench/certify.json.part && \
 	    mv docs/bench/certify.json.part docs/bench/certify.json
+	$(RUN) $(PARALLEL) python scripts/bench_serve.py
+	$(RUN) $(PARALLEL) python scripts/bench_redteam.py
 
 # Needs root, podman, buildah, runc and debootstrap; installs none of them. About ten minutes on two cores.
 container: setup ## build the service's image from nothing, run it as deploy/ does, and look at what it can do

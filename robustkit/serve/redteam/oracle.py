@@ -15,7 +15,7 @@ _SURE = 30.0  # the lead of a class that nothing speaks against, in logits
 
 
 class Over(Exception):
-    """The attack on this image has ended: an image was found, or the budget or the last key is spent."""
+    """The attack on this image has ended: an image was found, or no query, key or question is left."""
 
 
 def pixels(x: Tensor) -> Pixels:
@@ -34,6 +34,10 @@ def within(threat: PerturbationSet, original: Pixels, sent: Pixels) -> bool:
     A rotated image is one of the lattice's, up to one grey level of rounding. Shapes: (h, w, c) uint8 twice.
     """
     clean, changed = image(original)[None], image(sent)[None]
+    if isinstance(threat, Ball):
+        return bool(
+            threat.size(changed - clean) <= threat.eps + 1e-9
+        )  # of float64 sums, not of float32 images
     if not isinstance(threat, RotationTranslation):
         return bool(threat.contains(clean, changed))
     lattice = threat.transforms()
@@ -53,7 +57,7 @@ class Oracle:
     scores where the service tells them, else the label's class before all others. A rejected query looks like one
     that is surely classified right: nothing is gained by it. A query that was asked already is answered from
     memory. The first point inside the threat model that gets another label is `found`, as the bytes that were sent,
-    and ends the attack, as does the budget.
+    and ends the attack, as does the budget, and an attack that has run out of new questions.
     `answered` says of the points of the last call which were not rejected. `forms` gives the forms in which a point
     is asked about, one after the other while they are rejected.
     Shapes: (n, c, h, w) -> (n, classes). Raises: Over.
@@ -73,7 +77,7 @@ class Oracle:
     ) -> None:
         self.client, self.original, self.label, self.threat = client, original, label, threat
         self.classes, self.budget, self._forms = classes, budget, forms
-        self.queries = self.rejected = 0
+        self.queries = self.rejected = self._repeats = 0
         self.found: bytes | None = None
         self.answered = torch.ones(0, dtype=torch.bool)
         self._clean = image(original)
@@ -105,6 +109,9 @@ class Oracle:
     def _ask(self, sent: Pixels) -> Answer | None:
         name = sent.tobytes()
         if name in self._memory:
+            self._repeats += 1
+            if self._repeats > 100 + 10 * self.budget:
+                raise Over("there is nothing new to ask")
             return self._memory[name]
         if self.queries >= self.budget:
             raise Over("the budget is spent")
