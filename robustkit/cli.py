@@ -494,7 +494,7 @@ def _redteam(options: argparse.Namespace) -> int:
 def _campaign_text(found: Campaign) -> str:
     from robustkit.serve.redteam.page import cells
 
-    rows = [[run.attack, str(run.threat), *cells(run)] for run in found.runs]
+    rows = [[run.attack, str(run.threat.ball), *cells(run)] for run in found.runs]
     return "\n".join(
         _columns(["attack", "threat model", "success", "median queries", "rejected", "keys burnt"], rows)
     )

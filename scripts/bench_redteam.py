@@ -3,7 +3,7 @@
 The real service on sockets of this process, real images, several seeds (each draws other images and other noise); an
 attack begins with new accounts, and its results are checked by accounts of their own. Seeds are pooled.
 
-Writes docs/bench/redteam.json and docs/bench/redteam.md. Interrupted, it writes what it has.
+Writes docs/bench/redteam.json and docs/bench/redteam.md after each case, so that what was measured is kept.
 """
 
 from __future__ import annotations
@@ -201,22 +201,17 @@ def main() -> None:
     logging.getLogger("robustkit.serve").setLevel(logging.CRITICAL)
     found: dict[str, list[Campaign]] = {}
     started = time.monotonic()
-    try:
-        for seed in range(options.seeds):
-            for name in options.cases:
-                print(f"{name}, seed {seed}", file=sys.stderr)
-                one = measured(name, CASES[name], options.images, options.queries, seed)
-                found.setdefault(name, []).append(one)
-                if one.stopped:
-                    raise KeyboardInterrupt
-    except KeyboardInterrupt:
-        print("bench: interrupted", file=sys.stderr)
-    if found:
-        minutes = (time.monotonic() - started) / 60
-        text = page(found, minutes)
-        write_atomically(options.out / "redteam.json", f"{json.dumps(record(found, minutes))}\n".encode())
-        write_atomically(options.out / "redteam.md", text.encode())
-        print(text, file=sys.stderr)
+    for seed in range(options.seeds):
+        for name in options.cases:
+            print(f"{name}, seed {seed}", file=sys.stderr)
+            one = measured(name, CASES[name], options.images, options.queries, seed)
+            found.setdefault(name, []).append(one)
+            minutes = (time.monotonic() - started) / 60
+            write_atomically(options.out / "redteam.json", f"{json.dumps(record(found, minutes))}\n".encode())
+            write_atomically(options.out / "redteam.md", page(found, minutes).encode())
+            if one.stopped:
+                sys.exit(f"bench: {one.stopped}; {options.out} holds what was measured until then")
+    print(page(found, minutes), file=sys.stderr)
 
 
 if __name__ == "__main__":

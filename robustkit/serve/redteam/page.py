@@ -55,7 +55,7 @@ def cells(run: Run) -> tuple[str, str, str, str]:
     """Success, median queries of a success, rejected share and burnt keys, in words."""
     success, rejected = run.success(), run.rejected
     return (
-        run.skipped or ("no image was right at first" if success is None else str(success)),
+        run.skipped or (str(success) if success else "no image was right" if run.attempts else "not reached"),
         "-" if run.median is None else f"{run.median:g}",
         "-" if rejected is None else f"{100 * rejected.share:.0f} %",
         str(run.burnt),
@@ -146,9 +146,12 @@ def _curves(label: str, runs: Sequence[Run]) -> str:
             )
             told.append(f"{run.attack}: {shares[-1]} within {points[-1][0]}")
         axes.set_xscale("log")
+        axes.minorticks_off()
+        marks = runs[0].marks()
+        axes.set_xticks(marks, [str(mark) for mark in marks])  # powers of ten would be formulas
         axes.set_ylim(0, 100)
-        axes.set_xlabel("queries an image")
-        axes.set_ylabel(f"success in %, {ball}, 95 % intervals")
+        axes.set_xlabel(f"queries an image; {ball}")
+        axes.set_ylabel("success in %, 95 % intervals")
         figure.legend(loc="outside upper center", ncols=min(len(runs), 4), frameon=False)
         return report.picture(figure, f"Attack success against queries, {label}, {ball}. {'; '.join(told)}.")
 
