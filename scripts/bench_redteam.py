@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -195,16 +195,24 @@ def main() -> None:
     parser.add_argument("--queries", type=int, default=100, help="for each image and attack (default 100)")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--cases", nargs="*", default=list(CASES), help="some of them, by name")
+    parser.add_argument("--attacks", nargs="*", help="some of those of each case, by name")
     parser.add_argument("--out", type=Path, default=OUT, help="folder (default docs/bench)")
     options = parser.parse_args()
     torch.set_num_threads(1)
     logging.getLogger("robustkit.serve").setLevel(logging.CRITICAL)
+    cases = {name: CASES[name] for name in options.cases}
+    if options.attacks:
+        kept = {
+            name: tuple(attack for attack in case.attacks if attack in options.attacks)
+            for name, case in cases.items()
+        }
+        cases = {name: replace(cases[name], attacks=attacks) for name, attacks in kept.items() if attacks}
     found: dict[str, list[Campaign]] = {}
     started = time.monotonic()
     for seed in range(options.seeds):
-        for name in options.cases:
+        for name, case in cases.items():
             print(f"{name}, seed {seed}", file=sys.stderr)
-            one = measured(name, CASES[name], options.images, options.queries, seed)
+            one = measured(name, case, options.images, options.queries, seed)
             found.setdefault(name, []).append(one)
             minutes = (time.monotonic() - started) / 60
             write_atomically(options.out / "redteam.json", f"{json.dumps(record(found, minutes))}\n".encode())
