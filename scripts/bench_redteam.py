@@ -141,7 +141,16 @@ def page(found: dict[str, list[Campaign]], minutes: float) -> str:
             success, *rest = cells(run)
             apart = ", ".join("-" if one is None else f"{one:.0%}" for one in seeds_apart(each, attack))
             lines.append(f"| {name} | {attack} | {success} | {apart} | {' | '.join(rest)} |")
-    return "\n".join([*lines, ""])
+    left = left_out({(name, attack) for name, each in found.items() for attack in pool(each)})
+    return "\n".join([*lines, "", *([f"Not run this time: {left}."] if left else []), ""])
+
+
+def left_out(ran: set[tuple[str, str]]) -> str:
+    """Which attacks of which cases are missing."""
+    missing = {
+        name: [attack for attack in case.attacks if (name, attack) not in ran] for name, case in CASES.items()
+    }
+    return "; ".join(f"{name}: {', '.join(attacks)}" for name, attacks in missing.items() if attacks)
 
 
 def record(found: dict[str, list[Campaign]], minutes: float) -> dict[str, Any]:
