@@ -20,6 +20,7 @@ from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -302,13 +303,19 @@ class LowFrequency(_Stateful):
     ) -> None:
         super().__init__(engine, capacity=capacity, lasting=lasting, accounts=accounts)
         self._near, self._neighbours, self._key = near, neighbours, key
+        self._lenses = lru_cache(maxsize=4)(self._drawn)  # models see pictures of one shape
 
     def _memory(self) -> _Memory:
         return _Points(self._capacity, self._DIMENSIONS, self._neighbours, self._near)
 
     def feature(self, image: Image) -> NDArray[np.float32]:
-        down, across = _cosines(image.shape[0], self._SIDE), _cosines(image.shape[1], self._SIDE)
+        down, across, drawn = self._lenses(image.shape)
         low = np.tensordot(np.tensordot(down, image / 255, 1), across, (1, 1)).ravel()
-        drawn = _generator(self._key, self.name).normal(size=(low.size, self._DIMENSIONS))
         projected: NDArray[np.float64] = low @ drawn / np.sqrt(self._DIMENSIONS * image.shape[2])
         return projected.astype(np.float32)
+
+    def _drawn(self, shape: tuple[int, ...]) -> tuple[NDArray[np.float64], ...]:
+        """What a picture of this shape is looked at through: cosines of its two sides, and the random directions."""
+        down, across = _cosines(shape[0], self._SIDE), _cosines(shape[1], self._SIDE)
+        size = len(down) * len(across) * shape[2]
+        return down, across, _generator(self._key, self.name).normal(size=(size, self._DIMENSIONS))
