@@ -250,7 +250,7 @@ time.sleep(120)"""
         grader.send_signal(signal.SIGKILL)
         grader.wait()
     _wait(lambda: not survivors((mark, str(course.release(LESSON.id)))), 10)
-    assert cgroups.sweep() <= 2  # the memory and the process group of the grader that was killed
+    cgroups.sweep()  # those of other graders that died on this machine too
     assert not [place for parent in cgroups.places() for place in parent.glob(f"robustkit-{grader.pid}-*")]
 
 
