@@ -47,7 +47,7 @@ from tqdm import tqdm
 
 from robustkit.attacks.library import LIBRARY
 from robustkit.data import Dataset
-from robustkit.device import attackable, hardware, prepare, seeded
+from robustkit.device import attackable, fastest, hardware, prepare, seeded
 from robustkit.evaluate import PROTOCOLS, evaluate
 from robustkit.results import Interval, Provenance
 from robustkit.threat import Ball
@@ -264,6 +264,8 @@ def bench(out: Path, folder: Path, missing: list[str], quick: bool) -> None:
     }
     out.mkdir(parents=True, exist_ok=True)
     kind = "gpu" if torch.cuda.is_available() else "cpu"
+    if kind == "cpu" and fastest(torch.device("cpu")) == torch.bfloat16:
+        kind = "cpu-bf16"  # another machine in all but name: nothing there compares with figures of float32
     (out / f"{kind}.json").write_text(json.dumps(record, indent=2) + "\n")
     (out / f"{kind}.md").write_text(markdown(record))
     print(markdown(record))
