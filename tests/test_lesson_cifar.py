@@ -7,15 +7,10 @@ import math
 import os
 from pathlib import Path
 
-import nbformat
 import numpy as np
 import pytest
 import torch
 
-from grading import notebooks, pipeline
-from grading.demo import fill
-from grading.fresh import Server
-from grading.workspace import repository
 from robustkit import leaderboard, records
 from robustkit.contracts import examine, models, training
 from robustkit.data import load
@@ -24,6 +19,7 @@ from robustkit.lessons import LESSONS
 from robustkit.models import pretrained
 from robustkit.results import Interval
 from robustkit.threat import Ball
+from tests import judged
 
 LESSON = LESSONS["03-cifar-pgd"]
 REAL = Path(os.environ.get("ROBUSTKIT_DATA") or "unset")
@@ -110,27 +106,8 @@ def faults(recipe, models, x, y):
 @needs_photographs
 @pytest.mark.slow
 def test_wrong_answers_lose_what_they_must_and_a_stub_loses_all(tmp_path):
-    release = notebooks.read_release(repository().release(LESSON.id))
-    submission = fill(release, {cell: source for cell, (source, _) in WRONG.items()})
-    # The text and the measurements between the exercises take a minute, and are not what is judged.
-    submission.cells = [c for c in submission.cells if notebooks.grade_id(c)]
-    submission.cells.insert(0, nbformat.v4.new_code_cell(IMPORTS))
-    nbformat.write(submission, tmp_path / "submission.ipynb")
-    with Server() as server:
-        given = pipeline.assess(
-            tmp_path / "submission.ipynb",
-            LESSON.id,
-            repository().release(LESSON.id),
-            tmp_path,
-            "s-3",
-            tmp_path / "secret",
-            pipeline.Settings(),
-            server,
-        )
-    lost: dict[str, dict[str, str]] = {}
-    for mark in given.marks:
-        if mark.points < mark.maximum:
-            lost.setdefault(mark.exercise.removesuffix("_check"), {})[mark.criterion] = mark.notes[0].code
+    answers = {cell: source for cell, (source, _) in WRONG.items()}
+    lost = judged.lost(LESSON.id, judged.answered(LESSON.id, answers, IMPORTS), tmp_path)
     stub = dict.fromkeys(LESSON.exercise("s3_selection_check").points, "NOT_IMPLEMENTED")
     assert lost == {exercise: costs for exercise, (_, costs) in WRONG.items()} | {"s3_selection": stub}
 
