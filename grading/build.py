@@ -21,7 +21,7 @@ from tqdm import tqdm
 from grading import gradebook, leaks, notebooks, pipeline
 from grading.fresh import Server
 from grading.preprocessors import CANARY_KEY
-from grading.records import Records
+from grading.records import Mark, Note, Records
 from grading.score import score
 from grading.workspace import DEMO_SECRET, ONE_THREAD, Workspace
 from robustkit.errors import RobustkitError
@@ -249,12 +249,21 @@ def check_runs(aside: Workspace, lessons: list[Lesson]) -> list[str]:
 
 def _check_reference(aside: Workspace, lesson: Lesson, server: Server) -> list[str]:
     verdicts = _assess(aside, lesson, aside.source(lesson.id), "reference", server)
+    for exercise, why in sorted(
+        {(mark.exercise, note.hint) for mark in verdicts.marks for note in _unjudged(mark)}
+    ):
+        print(f"robustkit: {lesson.id} {exercise} could not be checked here: {why}", file=sys.stderr)
     return [
         f"solutions/{lesson.id} loses {mark.maximum - mark.points:g} points on {mark.exercise} {mark.criterion} "
         f"({', '.join(f'{note.code}: {note.hint}' for note in mark.notes)})."
         for mark in verdicts.marks
-        if mark.points < mark.maximum
+        if mark.points < mark.maximum and not _unjudged(mark)
     ]
+
+
+def _unjudged(mark: Mark) -> list[Note]:
+    """Why a machine that lacks an exercise's images cannot judge it; nothing where it can."""
+    return [note for note in mark.notes if note.code == "NO_IMAGES"]
 
 
 def _check_untouched(aside: Workspace, lesson: Lesson, server: Server) -> list[str]:

@@ -3,12 +3,15 @@
 import shutil
 import zipfile
 from dataclasses import replace
+from types import SimpleNamespace
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
 
 from grading import build, leaks
+from grading.records import Mark, Note
+from grading.workspace import Workspace
 from robustkit.errors import RobustkitError
 from robustkit.lessons import LESSONS
 from tests.fixtures import small_course as small
@@ -299,3 +302,14 @@ def test_real_wheel_holds_robustkit_alone(tmp_path):
 def test_every_lesson_of_the_table_that_has_a_source_is_checked(workspace):
     assert build.standing(workspace) == [LESSON]
     assert set(build.standing(workspace)) <= set(LESSONS)
+
+
+@pytest.mark.parametrize(("code", "lost"), [("NO_IMAGES", 0), ("SHIPPED_WEIGHTS", 1), ("NOT_COUNTED", 1)])
+def test_only_a_machine_that_lacks_the_images_is_no_fault_of_a_solution(
+    monkeypatch, tmp_path, capsys, code, lost
+):
+    mark = Mark("s3_weights_check", "clean", 0.0, 2.0, "failed", (Note(code, "why"),), "")
+    monkeypatch.setattr(build, "_assess", lambda *_: SimpleNamespace(marks=(mark,)))
+    problems = build._check_reference(Workspace(*[tmp_path] * 4), LESSONS["03-cifar-pgd"], None)
+    assert len(problems) == lost
+    assert ("could not be checked here: why" in capsys.readouterr().err) == (not lost)

@@ -152,7 +152,7 @@ def test_weights_trained_on_are_no_longer_those_of_the_kit_and_get_full_marks(lo
 
 def test_without_images_nothing_is_earned_and_the_reason_is_told(offline):
     found = examine(models.CIFAR_WEIGHTS, pretrained("cifar10-l2-w16"), 0)
-    assert {finding.code for finding in found} == {"NOT_COUNTED"}
+    assert {finding.code for finding in found} == {"NO_IMAGES"}
     assert all("nothing to judge on: CIFAR-10 is not in" in finding.hint for finding in found)
 
 

@@ -315,7 +315,7 @@ def _judge_cifar_model(case: Arrays, evidence: Arrays) -> list[Finding]:
     try:
         images = cifar_test(N_CIFAR[level], seed)
     except RobustkitError as error:
-        return [Finding(criterion, "NOT_COUNTED", f"nothing to judge on: {error}") for criterion in _CIFAR]
+        return [Finding(criterion, "NO_IMAGES", f"nothing to judge on: {error}") for criterion in _CIFAR]
     x, y = images.x, images.y
     if name := _shipped(model, x, _names(CIFAR_MODEL)):
         hint = f"these are the weights of {name}, which come with robustkit; train on from them, or train your own"
