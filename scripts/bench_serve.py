@@ -272,6 +272,7 @@ def main() -> None:
             "python": platform.python_version(),
         },
     }
+    options.out.mkdir(parents=True, exist_ok=True)
     write_atomically(options.out / "serve.json", f"{json.dumps(figures, indent=2)}\n".encode())
     write_atomically(options.out / "serve.md", page(figures).encode())
     print(page(figures), file=sys.stderr)
