@@ -306,14 +306,14 @@ def _audit(options: argparse.Namespace) -> int:
 def _report(options: argparse.Namespace) -> int:
     from robustkit import report
     from robustkit.certify import page
-    from robustkit.certify.certificates import is_certification, read_certification
-    from robustkit.results import read_evaluation
+    from robustkit.certify.certificates import Certification, read_certification
+    from robustkit.results import is_stored, read_evaluation
     from robustkit.serve.redteam import page as redteam
-    from robustkit.serve.redteam.records import is_campaign, read_campaign
+    from robustkit.serve.redteam.records import Campaign, read_campaign
 
     _check_writable(options.out)
-    proved = [path for path in options.results if is_certification(path)]
-    attacked = [path for path in options.results if is_campaign(path)]
+    proved = [path for path in options.results if is_stored(Certification, path)]
+    attacked = [path for path in options.results if is_stored(Campaign, path)]
     evaluations = [read_evaluation(path) for path in options.results if path not in (*proved, *attacked)]
     certifications = [read_certification(path) for path in proved]
     campaigns = [read_campaign(path) for path in attacked]

@@ -335,6 +335,15 @@ def read_evaluation(path: Path) -> Evaluation:
     return read(Evaluation, path, "robustkit evaluate")
 
 
+def is_stored(cls: type[R], path: Path) -> bool:
+    """Whether the JSON at `path` says that it is a `cls`; what cannot be read is none."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(record, dict) and record.get("type") == cls.__name__
+
+
 def read(cls: type[R], path: Path, command: str) -> R:
     """The result of type `cls` that `command` stored at `path`. Raises: RobustkitError, naming the file."""
     try:

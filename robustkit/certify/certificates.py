@@ -290,15 +290,6 @@ def _seconds(text: str) -> float:
     return total
 
 
-def is_certification(path: Path) -> bool:
-    """Whether the JSON at `path` says that it is a certification; what cannot be read is none."""
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(record, dict) and record.get("type") == Certification.__name__
-
-
 def read_certification(path: Path) -> Certification:
     """The certification stored at `path`. Raises: RobustkitError, naming the file."""
     return read(Certification, path, "robustkit certify")

@@ -155,15 +155,6 @@ def read_campaign(path: Path) -> Campaign:
     return read(Campaign, path, COMMAND)
 
 
-def is_campaign(path: Path) -> bool:
-    """Whether the JSON at `path` says that it is a campaign; what cannot be read is none."""
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(record, dict) and record.get("type") == Campaign.__name__
-
-
 def pooled(runs: Sequence[Run]) -> Run:
     """The same attack under several seeds as one."""
     return Run(
