@@ -14,7 +14,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -111,7 +111,7 @@ def _as_rank(command: Callable[[argparse.Namespace], int]) -> Callable[[argparse
 def _train(options: argparse.Namespace) -> int:
     import torch
 
-    from robustkit import data, device, models, recipes, scale, train
+    from robustkit import data, device, models, recipes, scale, tensorboard, train
 
     recipe = recipes.find_recipe(options.recipe)
     out: Path = options.out or Path("runs") / recipe.name
@@ -121,18 +121,25 @@ def _train(options: argparse.Namespace) -> int:
     place = device.pick_device()
     schedule = replace(recipe.schedules[tier], shards=options.shards)
     load = functools.partial(data.load, seed=options.seed, device=place, dtype=torch.uint8)
-    run = train.train(
-        models.build(recipe.model, seed=options.seed).to(place),
-        load(recipe.dataset, recipe.split, limit=recipe.limits[tier]),
-        recipes.defence_of(recipe),
-        recipe.ball,
-        schedule,
-        held_out=load(*recipe.held_out, limit=schedule.watched) if recipe.held_out else None,
-        seed=options.seed,
-        recipe=recipe.name,
-        tier=tier,
-        run_dir=out,
+    logs = (
+        tensorboard.scalars(out / "tensorboard")
+        if options.tensorboard and scale.rank() == 0
+        else nullcontext()
     )
+    with logs as on_epoch:
+        run = train.train(
+            models.build(recipe.model, seed=options.seed).to(place),
+            load(recipe.dataset, recipe.split, limit=recipe.limits[tier]),
+            recipes.defence_of(recipe),
+            recipe.ball,
+            schedule,
+            held_out=load(*recipe.held_out, limit=schedule.watched) if recipe.held_out else None,
+            seed=options.seed,
+            recipe=recipe.name,
+            tier=tier,
+            run_dir=out,
+            on_epoch=on_epoch,
+        )
     if scale.rank() > 0:
         return 0
     if options.json:
@@ -978,6 +985,9 @@ def _parser() -> argparse.ArgumentParser:
         help="parts of a batch, for that many ranks or fewer (default 1)",
     )
     train.add_argument("--resume", action="store_true", help="go on with the run in that folder")
+    train.add_argument(
+        "--tensorboard", action="store_true", help="write each epoch's figures to FOLDER/tensorboard as well"
+    )
 
     evaluate = add(
         "evaluate",

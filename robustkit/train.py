@@ -178,6 +178,7 @@ def train(
     recipe: str = "custom",
     tier: str = "standard",
     run_dir: Path | None = None,
+    on_epoch: Callable[[Epoch], None] | None = None,
     progress: bool = True,
 ) -> Run:
     """Train `model` in place, and return the history.
@@ -193,6 +194,7 @@ def train(
     that is done on those images instead, and `model` gets the weights of the epoch that was the most robust
     on them (`Run.selected`): never give it test images.
     With `schedule.ema` what is watched, selected and left is the moving average of the weights.
+    `on_epoch` is called with each epoch that ends, on rank 0.
 
     Source: Wong, Rice & Kolter 2020 (arXiv 2001.03994) for the triangular schedule; Rice, Wong & Kolter 2020
     (arXiv 2002.11569) for the selection; Izmailov et al. 2018 (arXiv 1803.05407) for averaging weights and
@@ -264,6 +266,8 @@ def train(
                 if held_out and replace(run, history=progress_made.history).selected == record.number:
                     state.selected = _copied(state.average)
                 started = now
+                if on_epoch and first:
+                    on_epoch(record)
                 bar.set_postfix(
                     loss=f"{record.loss:.3f}",
                     clean=f"{record.clean.share:.2f}",

@@ -105,7 +105,7 @@ install() {
 }
 # setuptools first and pinned like the rest: pip would otherwise fetch whichever is newest to build with.
 install setuptools
-install --no-build-isolation -e '.[course,peers,cluster,postgres,serve,dev]'
+install --no-build-isolation -e '.[course,peers,cluster,postgres,serve,tensorboard,dev]'
 
 printf '%s\n' "$key" >"$stamp.new"
 mv -f "$stamp.new" "$stamp"

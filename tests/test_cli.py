@@ -179,6 +179,32 @@ def test_train_writes_weights_and_history_and_says_where(run, tmp_path):
     assert (folder / "model.safetensors").read_bytes() == before
 
 
+def test_tensorboard_reads_the_history_of_a_run_and_of_its_resumption(run):
+    EventAccumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator"
+    ).EventAccumulator
+    command = ("train", "mnist-clean", "--tier", "smoke", "--tensorboard", "--json")
+    folder = Path("runs/mnist-clean")
+    status, out, _ = run(*command)
+    assert status == 0
+    history = json.loads(out)["history"]
+    assert run(*command, "--resume")[1] == out  # nothing is left to train, and nothing is written twice
+
+    events = EventAccumulator(str(folder / "tensorboard")).Reload()
+    shown = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    numbers = range(1, len(history) + 1)
+    assert [step for step, _ in shown["loss"]] == list(numbers)
+    assert [value for _, value in shown["loss"]] == pytest.approx([epoch["loss"] for epoch in history])
+    for name in ("clean", "fgsm", "pgd"):
+        shares = [epoch[name]["k"] / epoch[name]["n"] for epoch in history]
+        assert [value for _, value in shown[f"accuracy/{name}"]] == pytest.approx(shares)
+
+
+def test_without_tensorboard_training_says_what_to_install_before_it_begins(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    assert "robustkit[tensorboard]" in sentence(run("train", "mnist-clean", "--tensorboard"))
+
+
 def test_train_refuses_a_file_in_the_place_of_its_folder(run):
     Path("runs").mkdir()
     Path("runs/mine").touch()
