@@ -31,6 +31,7 @@ def commands(recipe: str, out: Path, measure: list[str]) -> Iterator[list[str]]:
             "--tier",
             "full",
             "--resume",
+            "--tensorboard",
             "--out",
             str(run_dir),
         ]
