@@ -21,6 +21,7 @@ import pytest
 import torch
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
+from sqlalchemy import event
 
 from robustkit import models
 from robustkit.errors import RobustkitError
@@ -335,6 +336,28 @@ def near(seed):
     pixels = np.random.default_rng(7).integers(0, 256, (28, 28), dtype=np.uint8)
     pixels[0, seed] ^= 255
     return png(pixels)
+
+
+def test_a_query_is_two_transactions_and_a_duplicate_one(tmp_path):
+    """What is asked before the model is one, what it answered the other: each costs a customer time."""
+    with running(settings(tmp_path, refresh_seconds=60)) as here, client(here) as customer:
+        customer.post("/v1/classify", content=picture(0))
+        commits = []
+        event.listen(here.replica.engine, "commit", commits.append)
+        customer.post("/v1/classify", content=picture(1))
+        assert len(commits) == 2
+        assert customer.post("/v1/classify", content=picture(1)).status_code == 200
+        assert len(commits) == 3
+
+
+@pytest.mark.parametrize("named", [("low-frequency", "fingerprints"), ("fingerprints", "low-frequency") * 2])
+def test_detectors_are_asked_once_in_an_order_that_all_replicas_share(tmp_path, named):
+    """In two orders, two replicas would wait for each other's rows; twice, for their own."""
+    with running(settings(tmp_path, detectors=named)) as here:
+        assert [one.name for one in here.replica.plane.pipeline.detectors] == [
+            "fingerprints",
+            "low-frequency",
+        ]
 
 
 def test_a_near_duplicate_is_rejected_kept_and_counted(tmp_path):

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 from sqlalchemy import func, select
+from sqlalchemy.exc import SQLAlchemyError
 
 from robustkit import data
 from robustkit.errors import RobustkitError
 from robustkit.serve.cache import Answers, digest
-from robustkit.serve.detectors import Fingerprints, LowFrequency
+from robustkit.serve.detectors import Fingerprints, LowFrequency, observe
 from robustkit.serve.store import metadata, open_store
 from robustkit.serve.telemetry import fewer_bits, roughness, smoothed, squeezing
 from robustkit.threat import RotationTranslation
@@ -104,6 +105,56 @@ def test_replicas_that_observe_at_once_lose_nothing_and_number_without_gaps(engi
     assert all(replicas[0].observe("a", dotted(image), 1.0).flagged for image in images)
 
 
+def numbers(engine, detector):
+    wanted = select(TABLE.c.ordinal).where(TABLE.c.detector == detector).order_by(TABLE.c.ordinal)
+    with engine.connect() as connection:
+        return list(connection.scalars(wanted))
+
+
+def test_what_is_observed_together_is_remembered_together_whoever_else_observes(engine):
+    """Two replicas with both detectors and one with the second alone: whoever loses a number repeats both."""
+    replicas = [[Fingerprints(engine, KEY), LowFrequency(engine, KEY)] for _ in range(2)]
+    replicas.append([LowFrequency(engine, KEY)])
+    images = pictures(60)
+
+    def work(i):
+        for image in images[i::3]:
+            with engine.connect() as connection:
+                assert len(observe(connection, replicas[i], "a", image, 0.0)) == len(replicas[i])
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert numbers(engine, "fingerprints") == list(range(1, 41))
+    assert numbers(engine, "low-frequency") == list(range(1, 61))
+    with engine.connect() as connection:
+        for i, image in enumerate(images):
+            seen = observe(connection, replicas[0], "a", dotted(image), 1.0)
+            assert seen["low-frequency"].flagged
+            assert seen["fingerprints"].flagged == (i % 3 < 2)
+
+
+def test_when_the_store_fails_in_the_middle_nobody_remembers(sqlite):
+    """Neither the store nor the memory keeps the half: a customer who tries again is not flagged."""
+    both, image = [Fingerprints(sqlite, KEY), LowFrequency(sqlite, KEY)], pictures(1)[0]
+    with sqlite.begin() as connection:
+        connection.exec_driver_sql(
+            "CREATE TRIGGER full BEFORE INSERT ON sightings WHEN NEW.detector = 'low-frequency' "
+            "BEGIN SELECT RAISE(ABORT, 'no room'); END"
+        )
+    with pytest.raises(SQLAlchemyError, match="no room"), sqlite.connect() as connection:
+        observe(connection, both, "a", image, 0.0)
+    with sqlite.begin() as connection:
+        connection.exec_driver_sql("DROP TRIGGER full")
+    assert numbers(sqlite, "fingerprints") == []
+    with sqlite.connect() as connection:
+        assert not any(v.flagged for v in observe(connection, both, "a", dotted(image), 1.0).values())
+        assert all(v.flagged for v in observe(connection, both, "a", image, 2.0).values())
+    assert numbers(sqlite, "fingerprints") == numbers(sqlite, "low-frequency") == [1, 2]
+
+
 def test_a_fingerprint_shares_what_the_windows_share(sqlite):
     """Against windows compared as bytes, by brute force: hashing neither loses nor invents a match."""
     detector = Fingerprints(sqlite, KEY)
@@ -175,12 +226,14 @@ def test_noise_in_every_pixel_blinds_fingerprints_and_not_the_blurred_view(sqlit
 # --- Benign traffic -----------------------------------------------------------------------------------
 
 
-def flagged(detector, answers, stream):
+def flagged(detector, answers, stream, store):
     """How many of a stream are flagged, exact duplicates answered from `answers` first if there are any."""
     count = 0
     for now, image in enumerate(stream):
         if answers is not None:
-            if answers.get("customer", digest(image), "m", now) is not None:
+            with store.connect() as connection:
+                told = answers.get(connection, "customer", digest(image), "m", now)
+            if told is not None:
                 continue
             answers.put("customer", digest(image), "m", {"label": "cat"}, now)
         count += detector.observe("customer", image, now).flagged
@@ -190,19 +243,19 @@ def flagged(detector, answers, stream):
 @BOTH
 def test_at_most_one_real_image_in_200_is_flagged_sent_once_or_again_and_again(sqlite, kind):
     images = photographs(1000)
-    once = flagged(kind(sqlite, KEY), None, images)
+    once = flagged(kind(sqlite, KEY), None, images, sqlite)
     assert once <= 0.005 * len(images)
     draw = np.random.default_rng(0)
     again = [images[i if draw.random() < 0.7 else draw.integers(i + 1)] for i in range(300)]
     metadata.drop_all(sqlite)
     metadata.create_all(sqlite)
     answers = Answers(sqlite, per_account=1000)
-    assert flagged(kind(sqlite, KEY), answers, again) <= 0.005 * len(again)
+    assert flagged(kind(sqlite, KEY), answers, again, sqlite) <= 0.005 * len(again)
     assert answers.repeats("customer") > 50
     # Without the answers kept for duplicates, retries alone look like an attack: the check above is sharp.
     metadata.drop_all(sqlite)
     metadata.create_all(sqlite)
-    assert flagged(kind(sqlite, KEY), None, again) > 50
+    assert flagged(kind(sqlite, KEY), None, again, sqlite) > 50
 
 
 # --- Bounds -------------------------------------------------------------------------------------------

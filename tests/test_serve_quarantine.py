@@ -161,20 +161,25 @@ def test_a_key_of_another_length_is_refused(engine, tmp_path):
 # --- Answers for exact duplicates ---------------------------------------------------------------------
 
 
+def told(engine, answers, *query):
+    with engine.connect() as connection:
+        return answers.get(connection, *query)
+
+
 def test_an_answer_is_for_one_account_one_image_one_model_and_a_time(engine):
     answers = Answers(engine, lasting=100)
     answers.put("alice", "d", "m", {"label": "cat", "scores": {"cat": 0.25}}, 0.0)
-    assert answers.get("alice", "d", "m", 99.0) == {"label": "cat", "scores": {"cat": 0.25}}
+    assert told(engine, answers, "alice", "d", "m", 99.0) == {"label": "cat", "scores": {"cat": 0.25}}
     for account, name, model, now in (
         ("bob", "d", "m", 1.0),
         ("alice", "e", "m", 1.0),
         ("alice", "d", "n", 1.0),
         ("alice", "d", "m", 100.0),
     ):
-        assert answers.get(account, name, model, now) is None
+        assert told(engine, answers, account, name, model, now) is None
     assert (answers.repeats("alice"), answers.repeats("bob")) == (1, 0)
     answers.put("alice", "d", "m", {"label": "dog"}, 200.0)
-    assert answers.get("alice", "d", "m", 201.0) == {"label": "dog"}
+    assert told(engine, answers, "alice", "d", "m", 201.0) == {"label": "dog"}
 
 
 def test_an_account_keeps_its_newest_answers_and_leaves_the_others_alone(engine):
@@ -182,9 +187,9 @@ def test_an_account_keeps_its_newest_answers_and_leaves_the_others_alone(engine)
     answers.put("other", "d0", "m", {}, -1.0)
     for i in range(10):
         answers.put("a", f"d{i}", "m", {"i": i}, float(i))
-    kept = [i for i in range(10) if answers.get("a", f"d{i}", "m", 10.0)]
+    kept = [i for i in range(10) if told(engine, answers, "a", f"d{i}", "m", 10.0)]
     assert kept == [6, 7, 8, 9]
-    assert answers.get("other", "d0", "m", 10.0) == {}
+    assert told(engine, answers, "other", "d0", "m", 10.0) == {}
     assert answers.expire(3600.0 + 7) == 3  # two of "a" and the one of "other"
 
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from sqlalchemy import (
     BigInteger,
     Column,
+    Connection,
     Engine,
     Float,
     Index,
@@ -30,7 +31,7 @@ from sqlalchemy import (
     update,
 )
 
-from robustkit.serve.store import insert, metadata
+from robustkit.serve.store import Prepared, insert, metadata
 
 Image = NDArray[np.uint8]
 
@@ -59,36 +60,37 @@ class Answers:
 
     def __init__(self, engine: Engine, *, lasting: float = 3600, per_account: int = 256) -> None:
         self._engine, self._lasting, self._per_account = engine, lasting, per_account
-        # Made once: to put a statement together costs more than to carry it out.
         mine = _answers.c.account == bindparam("of")
         here = mine & (_answers.c.digest == bindparam("image")) & (_answers.c.model == bindparam("by"))
-        self._find = select(_answers.c.answer, _answers.c.at).where(here)
-        self._count = update(_answers).where(here).values(repeats=_answers.c.repeats + 1)
+        self._find = Prepared(engine, select(_answers.c.answer, _answers.c.at).where(here))
+        self._count = Prepared(engine, update(_answers).where(here).values(repeats=_answers.c.repeats + 1))
         stored = insert(engine, _answers)
         new = {name: stored.excluded[name] for name in ("answer", "at", "repeats")}
-        self._store = stored.on_conflict_do_update(index_elements=["account", "digest", "model"], set_=new)
+        key = ["account", "digest", "model"]
+        self._store = Prepared(engine, stored.on_conflict_do_update(index_elements=key, set_=new))
         newest = select(_answers.c.at).where(mine).order_by(_answers.c.at.desc())
         oldest = newest.offset(per_account).limit(1).scalar_subquery()
-        self._trim = delete(_answers).where(mine, _answers.c.at <= oldest)
+        self._trim = Prepared(engine, delete(_answers).where(mine, _answers.c.at <= oldest))
 
-    def get(self, account: str, digest: str, model: str, now: float) -> dict[str, Any] | None:
+    def get(
+        self, connection: Connection, account: str, digest: str, model: str, now: float
+    ) -> dict[str, Any] | None:
         """What this account was told about this image by this model, if that is not too old; counted as a repeat."""
         here = {"of": account, "image": digest, "by": model}
-        with self._engine.connect() as connection:
-            row = connection.execute(self._find, here).one_or_none()
-            if row is None or not abs(now - row.at) < self._lasting:
-                return None
-            connection.execute(self._count, here)
-            connection.commit()
-        found: dict[str, Any] = json.loads(row.answer)
+        rows = self._find(connection, **here).fetchall()
+        if not rows or not abs(now - rows[0][1]) < self._lasting:
+            return None
+        self._count(connection, **here)
+        connection.commit()
+        found: dict[str, Any] = json.loads(rows[0][0])
         return found
 
     def put(self, account: str, digest: str, model: str, answer: Mapping[str, Any], now: float) -> None:
         """Keep an answer, and let go of the account's oldest beyond its share."""
         row = {"account": account, "digest": digest, "model": model}
         with self._engine.begin() as connection:
-            connection.execute(self._store, {**row, "answer": json.dumps(answer), "at": now, "repeats": 0})
-            connection.execute(self._trim, {"of": account})
+            self._store(connection, **row, answer=json.dumps(answer), at=now, repeats=0)
+            self._trim(connection, of=account)
 
     def repeats(self, account: str) -> int:
         """How many queries of this account were answered from here, of the answers still kept."""

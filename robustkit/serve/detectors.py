@@ -18,17 +18,18 @@ import hashlib
 import threading
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 from sqlalchemy import (
     BigInteger,
     Column,
+    Connection,
     Engine,
     Float,
     LargeBinary,
@@ -41,7 +42,7 @@ from sqlalchemy import (
 )
 
 from robustkit.serve.cache import Image
-from robustkit.serve.store import insert, metadata
+from robustkit.serve.store import Prepared, insert, metadata
 
 Feature = NDArray[Any]  # of one dtype for each detector
 
@@ -66,20 +67,6 @@ class Verdict:
     score: float
     flagged: bool
     evidence: Mapping[str, float | str]
-
-
-class Detector(Protocol):
-    """What the pipeline asks about each image that is no exact duplicate; what a flag leads to is the pipeline's."""
-
-    name: str
-
-    def observe(self, account: str, image: Image, now: float) -> Verdict:
-        """Compare with what the account sent before, then remember. Units: `now` in seconds since the epoch."""
-        ...
-
-    def expire(self, now: float) -> int:
-        """Remove what is too old to compare with; how many rows."""
-        ...
 
 
 def _generator(key: bytes, use: str) -> np.random.Generator:
@@ -109,22 +96,22 @@ class _Memory(ABC):
         """The score against what came after `since`, and what speaks for it."""
 
 
-class _Stateful(ABC):
-    """A detector whose features lie in the store: catch up with other replicas, compare, append."""
+class Detector(ABC):
+    """Features of what an account sent before, in the store; what a flag leads to is the pipeline's."""
 
     name: str
     _dtype: type[np.generic]
 
     def __init__(self, engine: Engine, *, capacity: int, lasting: float, accounts: int) -> None:
         self._engine, self._capacity, self._lasting, self._accounts = engine, capacity, lasting, accounts
-        # Made once: to put a statement together costs more than to carry it out.
         mine = (_sightings.c.detector == self.name) & (_sightings.c.account == bindparam("of"))
         columns = (_sightings.c.ordinal, _sightings.c.at, _sightings.c.feature)
         news = select(*columns).where(mine, _sightings.c.ordinal > bindparam("newest"))
         # The newest first, so that a long absence costs no more than a full memory.
-        self._news = news.order_by(_sightings.c.ordinal.desc()).limit(capacity)
-        self._append = insert(engine, _sightings).on_conflict_do_nothing()
-        self._sweep = delete(_sightings).where(mine, _sightings.c.ordinal <= bindparam("last"))
+        self._news = Prepared(engine, news.order_by(_sightings.c.ordinal.desc()).limit(capacity))
+        self._append = Prepared(engine, insert(engine, _sightings).on_conflict_do_nothing())
+        old = _sightings.c.ordinal <= bindparam("last")
+        self._sweep = Prepared(engine, delete(_sightings).where(mine, old))
         self._memories: OrderedDict[str, _Memory] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -135,7 +122,7 @@ class _Stateful(ABC):
     def feature(self, image: Image) -> Feature:
         """What is compared of an image. Shapes: (h, w, c) uint8 -> (n,)."""
 
-    def _remembered(self, account: str) -> _Memory:
+    def remembered(self, account: str) -> _Memory:
         """This account's memory; the one that was longest without a query makes room for it."""
         with self._lock:
             memory = self._memories.get(account) or self._memory()
@@ -146,23 +133,24 @@ class _Stateful(ABC):
         return memory
 
     def observe(self, account: str, image: Image, now: float) -> Verdict:
-        feature = self.feature(image)
-        memory = self._remembered(account)
-        row = {"detector": self.name, "account": account, "at": now, "feature": feature.tobytes()}
-        with memory.lock, self._engine.connect() as connection:
-            while True:
-                news = connection.execute(self._news, {"of": account, "newest": memory.newest})
-                for ordinal, at, stored in reversed(news.all()):
-                    memory.add(ordinal, at, np.frombuffer(stored, self._dtype))
-                score, evidence = memory.compare(feature, now - self._lasting)
-                ordinal = memory.newest + 1
-                taken = connection.execute(self._append, {"ordinal": ordinal, **row}).rowcount
-                if ordinal % _SWEEP == 0:
-                    connection.execute(self._sweep, {"of": account, "last": ordinal - self._capacity})
-                connection.commit()
-                if taken:  # otherwise another replica was first: what it added counts too
-                    memory.add(ordinal, now, feature)
-                    return Verdict(score, score >= 0.5, evidence)
+        """Compare with what the account sent before, then remember. Units: `now` in seconds since the epoch."""
+        with self._engine.connect() as connection:
+            return observe(connection, [self], account, image, now)[self.name]
+
+    def attempt(
+        self, connection: Connection, memory: _Memory, account: str, feature: Feature, now: float
+    ) -> Verdict | None:
+        """Catch up with other replicas, compare, append; None where another replica has taken the number."""
+        news = self._news(connection, of=account, newest=memory.newest)
+        for ordinal, at, stored in reversed(news.fetchall()):
+            memory.add(ordinal, at, np.frombuffer(stored, self._dtype))
+        score, evidence = memory.compare(feature, now - self._lasting)
+        ordinal = memory.newest + 1
+        row = {"account": account, "ordinal": ordinal, "at": now, "feature": feature.tobytes()}
+        taken = self._append(connection, detector=self.name, **row).rowcount
+        if ordinal % _SWEEP == 0:
+            self._sweep(connection, of=account, last=ordinal - self._capacity)
+        return Verdict(score, score >= 0.5, evidence) if taken else None
 
     def expire(self, now: float) -> int:
         """Remove what is too old to compare with; how many rows. An account's newest stays, to go on counting from."""
@@ -175,6 +163,32 @@ class _Stateful(ABC):
         old = (_sightings.c.detector == self.name) & (_sightings.c.at <= now - self._lasting)
         with self._engine.begin() as connection:
             return connection.execute(delete(_sightings).where(old, _sightings.c.ordinal < newest)).rowcount
+
+
+def observe(
+    connection: Connection, detectors: Sequence[Detector], account: str, image: Image, now: float
+) -> dict[str, Verdict]:
+    """What each detector says of an image, by name; all of them remember it, in one transaction, or none does.
+
+    The order must be every replica's, or two transactions may wait for each other. Units: `now` in seconds since the
+    epoch.
+    """
+    features = [detector.feature(image) for detector in detectors]
+    memories = [detector.remembered(account) for detector in detectors]
+    with ExitStack() as held:
+        for memory in memories:
+            held.enter_context(memory.lock)
+        while not all(
+            verdicts := [
+                detector.attempt(connection, memory, account, feature, now)
+                for detector, memory, feature in zip(detectors, memories, features, strict=True)
+            ]
+        ):
+            connection.rollback()  # another replica was first: what it added counts too
+        connection.commit()
+        for memory, feature in zip(memories, features, strict=True):
+            memory.add(memory.newest + 1, now, feature)
+    return {detector.name: verdict for detector, verdict in zip(detectors, verdicts, strict=True) if verdict}
 
 
 class _Postings(_Memory):
@@ -201,15 +215,19 @@ class _Postings(_Memory):
         ordinals = self._ordinals[bucket]
         alive = (self._tags[bucket] == tag[:, None]) & (ordinals > self.newest - self._capacity)
         alive &= self._at[ordinals % self._capacity] > since
-        seen, shared = np.unique(ordinals[alive], return_counts=True)
-        if not len(seen):
+        shared = np.bincount(self.newest - ordinals[alive])  # by age
+        if not len(shared):
             return 0.0, {"shared": 0.0, "of": float(len(feature))}
-        best = int(shared.argmax())
-        evidence = {"shared": float(shared[best]), "of": float(len(feature)), "match": float(seen[best])}
-        return float(shared[best]) / len(feature), {**evidence}
+        age = int(shared.argmax())
+        evidence = {
+            "shared": float(shared[age]),
+            "of": float(len(feature)),
+            "match": float(self.newest - age),
+        }
+        return float(shared[age]) / len(feature), {**evidence}
 
 
-class Fingerprints(_Stateful):
+class Fingerprints(Detector):
     """Flags an image that shares half of its fingerprint with one that its account sent before.
 
     Source: Li et al., Blacklight: scalable defense for neural networks against query-based black-box attacks
@@ -231,21 +249,23 @@ class Fingerprints(_Stateful):
         self._factors = draw.integers(2**64, size=self._WINDOW, dtype=np.uint64) | np.uint64(1)
         self._mixer = draw.integers(2**64, dtype=np.uint64) | np.uint64(1)
         levels = np.arange(256 // self._STEP + 1, dtype=np.uint64)
-        self._flat = self._hashed(np.repeat(levels[:, None], self._WINDOW, axis=1))
+        self._flat = np.concatenate([self._hashed(np.repeat(level, self._WINDOW)) for level in levels])
 
     def _memory(self) -> _Memory:
         return _Postings(self._capacity)
 
-    def _hashed(self, windows: NDArray[np.uint64]) -> NDArray[np.uint64]:
-        sums = windows @ self._factors
-        mixed: NDArray[np.uint64] = (sums ^ (sums >> np.uint64(31))) * self._mixer
-        return mixed ^ (mixed >> np.uint64(29))
+    def _hashed(self, levels: NDArray[np.uint64]) -> NDArray[np.uint64]:
+        """One hash for each window."""
+        hashes: NDArray[np.uint64] = np.correlate(levels, self._factors, "valid")
+        hashes ^= hashes >> np.uint64(31)
+        hashes *= self._mixer
+        hashes ^= hashes >> np.uint64(29)
+        return hashes
 
     def feature(self, image: Image) -> NDArray[np.uint64]:
-        levels = (image // self._STEP).ravel().astype(np.uint64)
-        hashes: NDArray[np.uint64] = np.sort(self._hashed(sliding_window_view(levels, self._WINDOW)))
-        hashes = hashes[np.append(True, hashes[1:] != hashes[:-1])]
-        telling: NDArray[np.uint64] = hashes[~np.isin(hashes, self._flat)]
+        hashes = np.sort(self._hashed((image // self._STEP).ravel().astype(np.uint64)))
+        smallest = hashes[np.append(True, hashes[1:] != hashes[:-1])][: self._KEPT + len(self._flat)]
+        telling: NDArray[np.uint64] = smallest[(smallest[:, None] != self._flat).all(1)]
         return telling[: self._KEPT]
 
 
@@ -255,16 +275,18 @@ class _Points(_Memory):
     def __init__(self, capacity: int, dimensions: int, neighbours: int, near: float) -> None:
         super().__init__(capacity)
         self._points = np.zeros((capacity, dimensions), np.float32)
+        self._sizes = np.zeros(capacity, np.float32)
         self._neighbours, self._near = neighbours, near
 
     def _keep(self, ordinal: int, feature: Feature) -> None:
         self._points[ordinal % self._capacity] = feature
+        self._sizes[ordinal % self._capacity] = feature @ feature
 
     def compare(self, feature: Feature, since: float) -> tuple[float, dict[str, float | str]]:
-        apart = np.square(self._points - feature).sum(1)
+        apart = self._sizes - 2 * (self._points @ feature) + feature @ feature
         apart[self._at <= since] = np.inf
         nearest = np.partition(apart, self._neighbours - 1)[: self._neighbours]
-        distance = float(np.sqrt(nearest).mean())
+        distance = float(np.sqrt(nearest.clip(0)).mean())
         score = 1 / (1 + distance / self._near)
         return score, {"distance": distance} if np.isfinite(distance) else {}
 
@@ -276,7 +298,7 @@ def _cosines(length: int, kept: int) -> NDArray[np.float64]:
     return waves
 
 
-class LowFrequency(_Stateful):
+class LowFrequency(Detector):
     """Flags an image whose blurred version lies nearer than `near` to those of the account's nearest queries.
 
     Source: Chen, Carlini and Wagner, Stateful detection of black-box adversarial attacks (2019): the mean distance
@@ -310,12 +332,16 @@ class LowFrequency(_Stateful):
 
     def feature(self, image: Image) -> NDArray[np.float32]:
         down, across, drawn = self._lenses(image.shape)
-        low = np.tensordot(np.tensordot(down, image / 255, 1), across, (1, 1)).ravel()
-        projected: NDArray[np.float64] = low @ drawn / np.sqrt(self._DIMENSIONS * image.shape[2])
-        return projected.astype(np.float32)
+        height, width, channels = image.shape
+        rows = down @ image.reshape(height, width * channels).astype(np.float32)
+        seen: NDArray[np.float32] = (across @ rows.reshape(-1, width, channels)).ravel() @ drawn
+        return seen
 
-    def _drawn(self, shape: tuple[int, ...]) -> tuple[NDArray[np.float64], ...]:
+    def _drawn(self, shape: tuple[int, ...]) -> tuple[NDArray[np.float32], ...]:
         """What a picture of this shape is looked at through: cosines of its two sides, and the random directions."""
         down, across = _cosines(shape[0], self._SIDE), _cosines(shape[1], self._SIDE)
         size = len(down) * len(across) * shape[2]
-        return down, across, _generator(self._key, self.name).normal(size=(size, self._DIMENSIONS))
+        drawn = _generator(self._key, self.name).normal(size=(size, self._DIMENSIONS))
+        drawn = drawn.reshape(len(down), shape[2], len(across), -1).swapaxes(1, 2).reshape(size, -1)
+        drawn /= np.sqrt(self._DIMENSIONS * shape[2])
+        return (down / 255).astype(np.float32), across.astype(np.float32), drawn.astype(np.float32)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from robustkit.serve import auth, events
 from robustkit.serve.cache import Answers, digest
 from robustkit.serve.decode import Pixels, decode
-from robustkit.serve.detectors import Detector
+from robustkit.serve.detectors import Detector, Verdict, observe
 from robustkit.serve.incident import Posture
 from robustkit.serve.logs import log
 from robustkit.serve.metrics import Metrics
@@ -50,11 +50,13 @@ class Pipeline:
         chosen = self.router.choose(account, posture.serving, now)
         name = digest(image)
         asked = f"{chosen[0][1].digest if len(chosen) == 1 else 'ensemble'}:{output}"
-        told = self.answers.get(account, name, asked, now) if self.answers else None
+        mode = posture.mode or self.settings.mode
+        told, verdicts = self._recalled(account, image, name, asked, mode, now)
         if told is not None:
             self.metrics.duplicates.inc()
             return told
-        self._inspect(account, image, posture.mode or self.settings.mode, chosen, now)
+        if mode != "off":
+            self._judge(account, image, verdicts, mode, chosen, now)
         model, scores = self.router.scores(chosen, image)
         told = spoken(scores, chosen[0][1].labels, output)
         self.metrics.answers.labels(chosen[0][0], model[:12]).inc()
@@ -63,11 +65,27 @@ class Pipeline:
             self.answers.put(account, name, asked, told, now)
         return told
 
-    def _inspect(self, account: str, image: Pixels, mode: str, chosen: list[Chosen], now: float) -> None:
-        """Ask the detectors; what a flag leads to is the mode's. Raises: Refused, 403."""
-        if mode == "off":
-            return
-        verdicts = {detector.name: detector.observe(account, image, now) for detector in self.detectors}
+    def _recalled(
+        self, account: str, image: Pixels, name: str, asked: str, mode: str, now: float
+    ) -> tuple[dict[str, Any] | None, dict[str, Verdict]]:
+        """What the store knows of this query, in one transaction: the answer to a duplicate, or verdicts."""
+        detectors = self.detectors if mode != "off" else ()
+        if not (self.answers or detectors):
+            return None, {}
+        with self.engine.connect() as connection:
+            told = self.answers.get(connection, account, name, asked, now) if self.answers else None
+            return told, {} if told is not None else observe(connection, detectors, account, image, now)
+
+    def _judge(
+        self,
+        account: str,
+        image: Pixels,
+        verdicts: Mapping[str, Verdict],
+        mode: str,
+        chosen: list[Chosen],
+        now: float,
+    ) -> None:
+        """What a flag leads to is the mode's. Raises: Refused, 403."""
         flagged = {name: verdict for name, verdict in verdicts.items() if verdict.flagged}
         self.router.flagged(chosen, bool(flagged))
         if not flagged:

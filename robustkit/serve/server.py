@@ -89,7 +89,7 @@ def assemble(settings: Settings) -> Replica:
         router,
         metrics,
         incident.watched(engine, seconds=settings.refresh_seconds),
-        detectors=[_detector(name, engine, pseudonyms) for name in settings.detectors],
+        detectors=[_detector(name, engine, pseudonyms) for name in sorted({*settings.detectors})],
         answers=Answers(engine) if settings.cache else None,
         quarantine=quarantine,
     )
