@@ -334,8 +334,8 @@ class LowFrequency(Detector):
         down, across, drawn = self._lenses(image.shape)
         height, width, channels = image.shape
         rows = down @ image.reshape(height, width * channels).astype(np.float32)
-        seen: NDArray[np.float32] = (across @ rows.reshape(-1, width, channels)).ravel() @ drawn
-        return seen
+        low = across @ rows.reshape(self._SIDE, width, channels)
+        return (low.ravel() @ drawn).astype(np.float32, copy=False)
 
     def _drawn(self, shape: tuple[int, ...]) -> tuple[NDArray[np.float32], ...]:
         """What a picture of this shape is looked at through: cosines of its two sides, and the random directions."""
@@ -344,4 +344,4 @@ class LowFrequency(Detector):
         drawn = _generator(self._key, self.name).normal(size=(size, self._DIMENSIONS))
         drawn = drawn.reshape(len(down), shape[2], len(across), -1).swapaxes(1, 2).reshape(size, -1)
         drawn /= np.sqrt(self._DIMENSIONS * shape[2])
-        return (down / 255).astype(np.float32), across.astype(np.float32), drawn.astype(np.float32)
+        return tuple(lens.astype(np.float32) for lens in (down / 255, across, drawn))

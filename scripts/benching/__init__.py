@@ -1,1 +1,1 @@
-"""The parts of scripts/bench.py."""
+"""The parts of the benches."""
