@@ -77,7 +77,7 @@ class Answers:
     ) -> dict[str, Any] | None:
         """What this account was told about this image by this model, if that is not too old; counted as a repeat."""
         here = {"of": account, "image": digest, "by": model}
-        rows = self._find(connection, **here).fetchall()
+        rows, _ = self._find(connection, **here)
         if not rows or not abs(now - rows[0][1]) < self._lasting:
             return None
         self._count(connection, **here)

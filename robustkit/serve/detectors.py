@@ -141,13 +141,13 @@ class Detector(ABC):
         self, connection: Connection, memory: _Memory, account: str, feature: Feature, now: float
     ) -> Verdict | None:
         """Catch up with other replicas, compare, append; None where another replica has taken the number."""
-        news = self._news(connection, of=account, newest=memory.newest)
-        for ordinal, at, stored in reversed(news.fetchall()):
+        news, _ = self._news(connection, of=account, newest=memory.newest)
+        for ordinal, at, stored in reversed(news):
             memory.add(ordinal, at, np.frombuffer(stored, self._dtype))
         score, evidence = memory.compare(feature, now - self._lasting)
         ordinal = memory.newest + 1
         row = {"account": account, "ordinal": ordinal, "at": now, "feature": feature.tobytes()}
-        taken = self._append(connection, detector=self.name, **row).rowcount
+        _, taken = self._append(connection, detector=self.name, **row)
         if ordinal % _SWEEP == 0:
             self._sweep(connection, of=account, last=ordinal - self._capacity)
         return Verdict(score, score >= 0.5, evidence) if taken else None
@@ -283,6 +283,7 @@ class _Points(_Memory):
         self._sizes[ordinal % self._capacity] = feature @ feature
 
     def compare(self, feature: Feature, since: float) -> tuple[float, dict[str, float | str]]:
+        # The square multiplied out: the matrix is read once, and nothing of its size is made.
         apart = self._sizes - 2 * (self._points @ feature) + feature @ feature
         apart[self._at <= since] = np.inf
         nearest = np.partition(apart, self._neighbours - 1)[: self._neighbours]
@@ -342,6 +343,7 @@ class LowFrequency(Detector):
         down, across = _cosines(shape[0], self._SIDE), _cosines(shape[1], self._SIDE)
         size = len(down) * len(across) * shape[2]
         drawn = _generator(self._key, self.name).normal(size=(size, self._DIMENSIONS))
+        # Drawn for channels before columns, which is what stored features were made with; used the other way round.
         drawn = drawn.reshape(len(down), shape[2], len(across), -1).swapaxes(1, 2).reshape(size, -1)
         drawn /= np.sqrt(self._DIMENSIONS * shape[2])
         return tuple(lens.astype(np.float32) for lens in (down / 255, across, drawn))

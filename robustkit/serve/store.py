@@ -5,6 +5,7 @@ Each module declares its own tables on `metadata`, beside the code that reads an
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from sqlalchemy import (
@@ -64,8 +65,8 @@ class Prepared:
         self._text, self._order, self._fixed = str(compiled), compiled.positiontup, compiled.params
         self._errors = engine.dialect.loaded_dbapi.Error
 
-    def __call__(self, connection: Connection, **values: Any) -> Any:
-        """The driver's cursor, after the statement with these values, in the connection's transaction.
+    def __call__(self, connection: Connection, **values: Any) -> tuple[Sequence[Any], int]:
+        """The rows that it returns and how many it changed, with these values, in the connection's transaction.
 
         Raises: DBAPIError for what the driver raises; the connection is given up then.
         """
@@ -77,10 +78,10 @@ class Prepared:
             cursor.execute(
                 self._text, given if self._order is None else [given[name] for name in self._order]
             )
+            return (cursor.fetchall() if cursor.description else []), cursor.rowcount
         except self._errors as error:
             connection.invalidate(error)
             raise DBAPIError(self._text, None, error) from error
-        return cursor
 
 
 def only_row(connection: Connection, table: Table, **first: Any) -> Row[Any]:

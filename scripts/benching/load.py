@@ -37,7 +37,7 @@ class Customer:
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(self, *_: object) -> None:
+    async def __aexit__(self, *error: object) -> None:
         for _, writer in self._idle:
             writer.close()
         await asyncio.gather(*(writer.wait_closed() for _, writer in self._idle), return_exceptions=True)
