@@ -473,12 +473,13 @@ def _redteam(options: argparse.Namespace) -> int:
     for place in (options.out, options.report):
         if place:
             _check_writable(place)
+    names = options.attacks.split(",")
     found = campaign(
-        read_access(options.url, options.keys, options.admin, options.accounts),
+        read_access(options.url, options.keys, options.admin, options.accounts, len(names)),
         data.load(
             options.data, options.split, limit=images if options.n is None else options.n, seed=options.seed
         ),
-        options.attacks.split(","),
+        names,
         ball,
         queries=queries if options.queries is None else options.queries,
         name=options.name or options.url,
@@ -502,9 +503,8 @@ def _campaign_text(found: Campaign) -> str:
     from robustkit.serve.redteam.page import cells
 
     rows = [[run.attack, str(run.threat.ball), *cells(run)] for run in found.runs]
-    return "\n".join(
-        _columns(["attack", "threat model", "success", "median queries", "rejected", "keys burnt"], rows)
-    )
+    head = ["attack", "threat model", "success", "median queries", "rejected", "keys burnt"]
+    return "\n".join([*_columns(head, rows), *(f"{note}." for note in found.notes)])
 
 
 # --- what `evaluate`, `audit` and `certify` are given -----------------------------------------------------------
@@ -1244,7 +1244,8 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         required=True,
         metavar="FILE",
-        help="API keys, one a line, the last for checking results; or the credentials.json of the service",
+        help="API keys, one a line, dealt out to the attacks, the last for checking results; or the service's "
+        "credentials.json",
     )
     redteam.add_argument(
         "--admin",
@@ -1267,9 +1268,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     redteam.add_argument(
         "--attacks",
-        default="square,simba,nes,hop-skip-jump,rotation-translation",
+        default="square,simba,nes,linear-bandit,hop-skip-jump,rotation-translation",
         metavar="NAMES",
-        help="by comma; also transfer-pgd and art-square (default square,simba,nes,hop-skip-jump,rotation-translation)",
+        help="by comma; also transfer-pgd and art-square (default all others)",
     )
     redteam.add_argument(
         "--adaptive", action="store_true", help="follow the rejections with steps and noise; keys take turns"

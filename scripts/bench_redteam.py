@@ -3,35 +3,40 @@
 The real service on sockets of this process, real images, several seeds (each draws other images and other noise); an
 attack begins with new accounts, and its results are checked by accounts of their own. Seeds are pooled.
 
-Writes docs/bench/redteam.json and docs/bench/redteam.md after each case, so that what was measured is kept.
+Writes docs/bench/redteam.json and docs/bench/redteam.md after each case. Each case and seed is kept in build/redteam
+until the whole is done: run again with the same arguments after an interruption, and it goes on from there.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import logging
+import shutil
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from robustkit import data, models
 from robustkit.files import write_atomically
+from robustkit.models import zoo
 from robustkit.serve.redteam.campaign import campaign
 from robustkit.serve.redteam.client import granted
 from robustkit.serve.redteam.page import cells
-from robustkit.serve.redteam.records import Campaign, Run, pooled
+from robustkit.serve.redteam.records import Campaign, Run, pooled, read_campaign
 from robustkit.serve.server import running
 from robustkit.serve.settings import DETECTORS, Settings
 from robustkit.threat import Ball
 
-OUT = Path(__file__).resolve().parents[1] / "docs" / "bench"
+ROOT = Path(__file__).resolve().parents[1]
+OUT, PARTS = ROOT / "docs" / "bench", ROOT / "build" / "redteam"
 MODEL, SURROGATE = "cifar10-l2-w16", "cifar10-gaussian-0.25-w16"
 BALL = Ball("Linf", 12 / 255)
 RATE = "9999999/minute"
@@ -49,22 +54,24 @@ class Case:
     accounts: int = 1
 
 
-_SCORES = ("square", "simba", "nes", "art-square")
-_ALL = (*_SCORES, "hop-skip-jump", "transfer-pgd", "rotation-translation")
-_ADAPTS = ("square", "simba", "nes", "hop-skip-jump", "rotation-translation")
+_ADAPTS = ("square", "simba", "nes", "linear-bandit", "hop-skip-jump", "rotation-translation")
+_ALL = (*_ADAPTS, "art-square", "transfer-pgd")
+_SEARCHES = ("square", "linear-bandit")
 CASES = {
     "off": Case(_ALL, mode="off", detectors=()),
     "on": Case(_ALL),
     "on, adaptive": Case(_ADAPTS, adaptive=True),
-    "fingerprints": Case(("square",), detectors=("fingerprints",)),
-    "fingerprints, adaptive": Case(("square",), detectors=("fingerprints",), adaptive=True),
-    "low-frequency": Case(("square",), detectors=("low-frequency",)),
-    "low-frequency, adaptive": Case(("square",), detectors=("low-frequency",), adaptive=True),
-    "ban after 5": Case(("square", "rotation-translation"), mode="ban"),
+    "fingerprints": Case(_SEARCHES, detectors=("fingerprints",)),
+    "fingerprints, adaptive": Case(_SEARCHES, detectors=("fingerprints",), adaptive=True),
+    "low-frequency": Case(_SEARCHES, detectors=("low-frequency",)),
+    "low-frequency, adaptive": Case(_SEARCHES, detectors=("low-frequency",), adaptive=True),
+    "ban after 5": Case((*_SEARCHES, "rotation-translation"), mode="ban"),
     "ban after 5, adaptive, 10 keys": Case(
-        ("square", "rotation-translation"), mode="ban", adaptive=True, accounts=10
+        (*_SEARCHES, "rotation-translation"), mode="ban", adaptive=True, accounts=10
     ),
-    "labels alone, off": Case(("square", "rotation-translation"), mode="off", detectors=(), output="label"),
+    "labels alone, off": Case(
+        ("square", "hop-skip-jump", "rotation-translation"), mode="off", detectors=(), output="label"
+    ),
 }
 
 
@@ -94,9 +101,16 @@ def measured(name: str, case: Case, n: int, queries: int, seed: int) -> Campaign
                 tier="standard",
                 adaptive=case.adaptive,
                 surrogate=models.pretrained(SURROGATE),
-                progress=False,
                 seed=seed,
             )
+
+
+def kept(name: str, case: Case, n: int, queries: int, seed: int) -> Path:
+    """Where the campaign lies that was measured under just these terms, or will: of these weights and this code."""
+    weights = [zoo.card(model)["sha256"] for model in (MODEL, SURROGATE)]
+    code = [path.read_bytes() for path in sorted((ROOT / "robustkit").rglob("*.py"))]
+    terms = hashlib.sha256(repr((name, case, n, queries, seed, BALL, weights, code)).encode()).hexdigest()
+    return PARTS / f"{terms[:16]}.json"
 
 
 def pool(campaigns: Sequence[Campaign]) -> dict[str, Run]:
@@ -114,7 +128,15 @@ def seeds_apart(campaigns: Sequence[Campaign], attack: str) -> list[float | None
     return [None if share is None else round(share.share, 3) for share in shares]
 
 
-def page(found: dict[str, list[Campaign]], minutes: float) -> str:
+def minutes(found: dict[str, list[Campaign]]) -> float:
+    """What all attempts took."""
+    each = (
+        one for told in found.values() for campaign in told for run in campaign.runs for one in run.attempts
+    )
+    return sum(one.seconds for one in each) / 60
+
+
+def page(found: dict[str, list[Campaign]]) -> str:
     """The table of attacks by defence, as Markdown."""
     first = next(iter(found.values()))[0]
     seeds = sorted({one.seed for each in found.values() for one in each})
@@ -128,7 +150,7 @@ def page(found: dict[str, list[Campaign]], minutes: float) -> str:
         f"Black box through the service's HTTP API, {BALL.norm} eps {255 * BALL.eps:g}/255, rotations up to 30 degrees "
         f"with shifts up to 3 pixels, untargeted, at most {first.runs[0].threat.queries} queries an image. Model "
         f"{MODEL}, surrogate {SURROGATE}; {len(first.indices)} images a seed of {first.data}; seeds "
-        f"{', '.join(map(str, seeds))}; {first.hardware}; {minutes:.0f} minutes in all.",
+        f"{', '.join(map(str, seeds))}; {first.hardware}; {minutes(found):.0f} minutes in all.",
         "",
         '"On" is both detectors in mode reject. Adaptive attackers tune step and noise to the rejections; their keys '
         "take turns. Rejected: share of the attack's queries, a cost and no measure of security.",
@@ -153,7 +175,7 @@ def left_out(ran: set[tuple[str, str]]) -> str:
     return "; ".join(f"{name}: {', '.join(attacks)}" for name, attacks in missing.items() if attacks)
 
 
-def record(found: dict[str, list[Campaign]], minutes: float) -> dict[str, Any]:
+def record(found: dict[str, list[Campaign]]) -> dict[str, Any]:
     """Totals of each case, and each attempt on an image that was right at first."""
     first = next(iter(found.values()))[0]
     return {
@@ -162,7 +184,7 @@ def record(found: dict[str, list[Campaign]], minutes: float) -> dict[str, Any]:
         "model": MODEL,
         "surrogate": SURROGATE,
         "images_a_seed": len(first.indices),
-        "minutes": round(minutes, 1),
+        "minutes": round(minutes(found), 1),
         "hardware": asdict(first.hardware),
         "cases": {
             name: [
@@ -217,19 +239,30 @@ def main() -> None:
         }
         cases = {name: replace(cases[name], attacks=attacks) for name, attacks in kept.items() if attacks}
     found: dict[str, list[Campaign]] = {}
-    started = time.monotonic()
-    for seed in range(options.seeds):
-        for name, case in cases.items():
-            print(f"{name}, seed {seed}", file=sys.stderr)
+    jobs = [(seed, name, case) for seed in range(options.seeds) for name, case in cases.items()]
+    for seed, name, case in (bar := tqdm(jobs, unit="case", file=sys.stderr)):
+        bar.set_description(f"{name}, seed {seed}")
+        part = kept(name, case, options.images, options.queries, seed)
+        if part.exists():
+            one = read_campaign(part)
+        else:
             one = measured(name, case, options.images, options.queries, seed)
-            found.setdefault(name, []).append(one)
-            minutes = (time.monotonic() - started) / 60
-            write_atomically(options.out / "redteam.json", f"{json.dumps(record(found, minutes))}\n".encode())
-            write_atomically(options.out / "redteam.md", page(found, minutes).encode())
-            if one.stopped:
-                sys.exit(f"bench: {one.stopped}; {options.out} holds what was measured until then")
-    print(page(found, minutes), file=sys.stderr)
+            if not one.stopped:
+                PARTS.mkdir(parents=True, exist_ok=True)
+                write_atomically(part, f"{one.to_json()}\n".encode())
+        found.setdefault(name, []).append(one)
+        write_atomically(options.out / "redteam.json", f"{json.dumps(record(found))}\n".encode())
+        write_atomically(options.out / "redteam.md", page(found).encode())
+        if one.stopped:
+            sys.exit(
+                f"bench: {one.stopped}; {options.out} holds what was measured until then; run again to go on"
+            )
+    shutil.rmtree(PARTS, ignore_errors=True)
+    print(page(found), file=sys.stderr)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:  # between two attacks
+        sys.exit("bench: interrupted; run again to go on")

@@ -10,12 +10,13 @@ import json
 import threading
 from collections import Counter
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
 import torch
+from art.attacks.evasion import HopSkipJump
 from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
@@ -25,11 +26,12 @@ from robustkit import data, models
 from robustkit.data import Dataset
 from robustkit.device import seeded
 from robustkit.errors import RobustkitError
+from robustkit.losses import margin
 from robustkit.results import Provenance
+from robustkit.serve.redteam import attacks, page
 from robustkit.serve.redteam import campaign as campaigns
 from robustkit.serve.redteam import client as clients
 from robustkit.serve.redteam import oracle as oracles
-from robustkit.serve.redteam import page
 from robustkit.serve.redteam.attacks import KNOWLEDGE, Dial
 from robustkit.serve.redteam.campaign import campaign
 from robustkit.serve.redteam.client import Answer, Client, NoKeys, granted, listed, make_key, png
@@ -50,11 +52,11 @@ def quadrants(picture):
     return np.array([part.mean() for part in parts]) / 255
 
 
-def pictures(n=12):
-    """Quarters of one grey each: even ones lead by eps/4, odd ones by 4 eps. L-inf eps turns a lead below 2 eps."""
+def pictures(n=12, even=0.25):
+    """Quarters of one grey each: even ones lead by `even` eps, odd ones by 4. L-inf eps turns a lead below 2 eps."""
     draw, x, y = np.random.default_rng(0), [], []
     for i in range(n):
-        lead = EPS / 4 if i % 2 == 0 else 4 * EPS
+        lead = EPS * (even if i % 2 == 0 else 4)
         levels = np.full(4, 0.35) - 0.2 * draw.random(4)
         label = int(draw.integers(4))
         levels[label] = np.delete(levels, label).max() + lead
@@ -147,14 +149,14 @@ def serving(arena):
         thread.join()
 
 
-def attacked(arena, names=("square",), accounts=1, images=None, **options):
+def attacked(arena, names=("square",), accounts=1, images=None, queries=BUDGET, **options):
     with serving(arena) as url:
         found = campaign(
             granted(url, url, "admin", accounts),
             images or pictures(),
             names,
             BALL,
-            queries=BUDGET,
+            queries=queries,
             name="arena",
             tier="smoke",
             progress=False,
@@ -303,6 +305,75 @@ def test_wrong_clients_are_found_out(name, monkeypatch):
         judged(Arena())
         judged(Arena(rejects_every=3), least=3)
         judged(Arena(), "nes", least=3)  # never asks the same twice, and so spends all it may
+
+
+# --- attacks find what there is to find -----------------------------------------------------------------
+
+# A lead of 1.5 eps takes 3/4 of what the ball allows, in the right direction: noise, and a search that goes nowhere, do
+# not get there. Labels alone: to within 0.1 of the image, from another one at 0.2 and more.
+SEARCHES = {
+    "square": {"least": 4, "even": 1.5, "queries": 200},
+    "simba": {"least": 6, "even": 1.5},
+    "nes": {"least": 6, "even": 1.5, "queries": 200},
+    "linear-bandit": {"least": 6, "even": 1.5},
+    "hop-skip-jump": {"least": 6, "even": 0.5, "queries": 200},
+}
+
+
+def searched(name, least, even, queries=BUDGET, rejects_every=0):
+    """Attack six images that the ball can turn. Raises: AssertionError where fewer than `least` fall."""
+    every = pictures(even=even)
+    images = replace(every, x=every.x[::2], y=every.y[::2], indices=every.indices[::2])
+    arena = Arena(rejects_every, output="label" if KNOWLEDGE[name] == "label-only" else "full")
+    (run,) = attacked(arena, (name,), images=images, queries=queries).runs
+    assert run.success().k >= least, f"{run.success().k} of {run.success().n} fell"
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_a_search_finds_what_there_is(name):
+    searched(name, **SEARCHES[name])
+
+
+def test_a_model_of_the_answers_is_not_misled_by_rejections():
+    searched("linear-bandit", **SEARCHES["linear-bandit"], rejects_every=4)
+
+
+def against_its_estimate(logits, y):
+    return -margin(logits, y)
+
+
+def never_halves(self, current_sample, original_sample, *_, **__):
+    return current_sample
+
+
+def backwards(self, *told, **more):
+    return -estimate(self, *told, **more)
+
+
+estimate = HopSkipJump._compute_update
+
+ASTRAY = {
+    "nes steps against its estimate": ("nes", attacks, "margin", against_its_estimate),
+    "simba keeps what lowers the margin": ("simba", attacks, "margin", against_its_estimate),
+    "the bandit learns nothing": ("linear-bandit", attacks, "_NOISE", 1e6),
+    "hop-skip-jump never halves": ("hop-skip-jump", HopSkipJump, "_binary_search", never_halves),
+    "hop-skip-jump steps against its estimate": ("hop-skip-jump", HopSkipJump, "_compute_update", backwards),
+}
+
+
+@pytest.mark.parametrize("name", ASTRAY)
+def test_searches_that_go_astray_are_found_out(name, monkeypatch):
+    search, place, attribute, wrong = ASTRAY[name]
+    monkeypatch.setattr(place, attribute, wrong)
+    with pytest.raises(AssertionError, match="of 6 fell"):
+        searched(search, **SEARCHES[search])
+
+
+def test_rejections_taken_for_answers_mislead(monkeypatch):
+    always = property(lambda self: torch.ones(1, dtype=torch.bool), lambda self, value: None)
+    monkeypatch.setattr(Oracle, "answered", always, raising=False)  # it is one of instances
+    with pytest.raises(AssertionError, match="of 6 fell"):
+        searched("linear-bandit", **SEARCHES["linear-bandit"], rejects_every=4)
 
 
 # --- what is sent --------------------------------------------------------------------------------------
@@ -497,12 +568,8 @@ def test_every_attack_runs_against_the_real_service(tmp_path, digits):
         assert run.success().n == right
         assert all(one.queries <= 60 for one in run.attempts)
         assert all(one.size is None or one.size <= SMALL.eps + 1e-6 for one in run.attempts)
-    for name in (
-        "square",
-        "simba",
-        "art-square",
-        "rotation-translation",
-    ):  # the third a peer, through the same oracle
+    # The last but one a peer, through the same oracle.
+    for name in ("square", "simba", "nes", "linear-bandit", "art-square", "rotation-translation"):
         assert runs[name].success().k >= 1, name
     assert runs["transfer-pgd"].rejected.n == right  # one query an image
     with running(settings(tmp_path / "on", output="full", mode="reject")) as here:
@@ -619,10 +686,39 @@ def test_mistakes_are_said_in_a_sentence(run, tmp_path):
     assert "cannot be read" in said("http://127.0.0.1:9")
 
 
-def test_listed_keys_keep_the_last_for_checking():
+def test_listed_keys_keep_the_last_for_checking_and_are_dealt_out():
     access = listed("http://x", ["a", "b", "c"])
-    assert (list(access.keys()), access.fresh()) == (["a", "b"], "c")
+    assert (list(access.keys()), access.fresh(), access.note) == (["a", "b"], "c", "")
     assert list(listed("http://x", ["a"]).keys()) == ["a"]
+    many = listed("http://x", list("abcdef"), attacks=2)
+    assert ([list(many.keys()), list(many.keys())], many.fresh(), many.note) == (
+        [["a", "b"], ["c", "d"]],
+        "f",
+        "",
+    )
+    few = listed("http://x", list("abc"), attacks=3)
+    assert [list(few.keys()) for _ in range(3)] == [["a", "b"]] * 3
+    assert few.note.startswith("The 3 attacks share 2 keys")
+
+
+def test_one_attack_burns_no_key_of_the_next(tmp_path):
+    """With keys alone, of a service that bans after four rejections: the second attack begins with keys of its own."""
+    arena, names = Arena(rejects_every=2, bans_after=4), ("square", "simba")
+    with serving(arena) as url:
+        keys = [make_key(url, "admin") for _ in range(5)]
+        found = campaign(
+            listed(url, [*keys[1:], keys[0]], len(names)),
+            pictures(),
+            names,
+            BALL,
+            queries=BUDGET,
+            name="arena",
+            tier="smoke",
+            progress=False,
+        )
+    assert [run.burnt for run in found.runs] == [2, 2]
+    asked = [key for key, _, status, _ in arena.log if status == 403 and key != "key-0"]
+    assert Counter(asked) == dict.fromkeys(["key-1", "key-2", "key-3", "key-4"], 4)
     with pytest.raises(RobustkitError, match="at least one account"):
         granted("http://x", "http://y", "z", 0)
     with pytest.raises(RobustkitError, match="made no key"), serving(Arena()) as url:

@@ -38,6 +38,7 @@ KNOWLEDGE = {
     "square": "score-based",
     "simba": "score-based",
     "nes": "score-based",
+    "linear-bandit": "score-based",
     "hop-skip-jump": "label-only",
     "transfer-pgd": "transfer",
     SPATIAL: "label-only",
@@ -49,6 +50,8 @@ RESAMPLED = (
     "hop-skip-jump",
     "art-square",
 )  # these know nothing of rejections: the oracle redraws for them
+
+_NOISE = 0.03  # what a linear model misses of log-scores, as a share of what a perturbation may do to them
 
 _GRAIN = 4  # blocks to a side of the image: coarse enough for a detector that blurs to see a change
 
@@ -112,6 +115,7 @@ def chosen(
         "square": partial(block_search, dial=dial) if adaptive else _square,
         "simba": simba,
         "nes": partial(nes, dial=dial),
+        "linear-bandit": partial(linear_bandit, dial=dial),
         "hop-skip-jump": partial(_hop_skip_jump, *others),
         SPATIAL: _spatial,
         "art-square": _art_square,
@@ -191,7 +195,7 @@ def simba(oracle: Oracle, x: Tensor, y: Tensor, threat: Ball, *, generator: torc
 
 
 def _cosine(length: int, frequency: int) -> Tensor:
-    return torch.cos(math.pi * (torch.arange(length) + 0.5) * frequency / length)
+    return torch.cos(math.pi * (torch.arange(length, dtype=torch.float64) + 0.5) * frequency / length)
 
 
 def nes(
@@ -207,23 +211,25 @@ def nes(
     """Projected ascent along a gradient that pairs of noisy queries estimate; rejected pairs are left out.
 
     Source: Ilyas et al. 2018 (arXiv 1804.08598), antithetic sampling, with the momentum of their code. Differences: the
-    noise is of random signs in blocks and of a size that 8 bits can hold (`dial` of eps); 5 pairs a step, of half of
-    eps, since a budget is of hundreds of queries here, not of ten thousands.
+    noise is of random signs in blocks and of a size that 8 bits can hold (`dial` of eps); the best point is drawn back
+    by as much, so that each query lies in the ball and may be the one that succeeds; 5 pairs a step, of half of eps,
+    since a budget is of hundreds of queries here, not of ten thousands.
     Shapes: x (1, c, h, w), y (1,) -> as x. Randomness: `generator`. Raises: what the oracle raises.
     """
     best, gradient = x, torch.zeros_like(x)
     while True:
         gradient = 0.9 * gradient
         for _ in range(pairs):
-            noise = threat.steepest(_blocks(x, _GRAIN, generator))
-            size = threat.eps * dial.value
-            points = torch.cat([best + size * noise, best - size * noise]).clamp(0, 1)
+            noise, size = threat.steepest(_blocks(x, _GRAIN, generator)), dial.value
+            centre, apart = (1 - size) * (best - x), size * threat.eps * noise
+            points = threat.candidates(x, torch.cat([centre + apart, centre - apart]))
             up, down = margin(oracle(points), y.expand(2)).tolist()
             for answered in oracle.answered.tolist():
                 dial.told(answered)
             if oracle.answered.all():
                 gradient += (up - down) / size * noise
         best = threat.candidates(x, best + threat.eps / 2 * threat.steepest(gradient) - x)
+        oracle(best)
 
 
 def block_search(
@@ -245,6 +251,58 @@ def block_search(
         return threat.candidates(x, torch.where(kept, best - x, fresh))
 
     return random_search(oracle, x, y, oracle.budget, propose)
+
+
+def linear_bandit(
+    oracle: Oracle, x: Tensor, y: Tensor, threat: Ball, *, generator: torch.Generator, dial: Dial
+) -> Tensor:
+    """Asks where a linear model, drawn from what all answers leave possible, says that an image falls.
+
+    A search keeps near its best point; here an answer tells as much wherever it was asked, so queries may lie as far
+    apart as a detector wants. The log-scores of all classes are taken to be linear in the lowest 8x8 cosines of
+    the perturbation in each channel, a Bayesian regression; the dial scales the doubt that a draw adds.
+    Source: Thompson sampling for linear bandits, Agrawal & Goyal 2013 (arXiv 1209.3352), which keeps one reward where
+    this keeps one for each class; Ilyas et al. 2019 (arXiv 1807.07978) for bandits with priors as attacks.
+    Shapes: x (1, c, h, w), y (1,) -> as x. Randomness: `generator`. Raises: what the oracle raises.
+    """
+    _, channels, height, width = x.shape
+    down, across = (_cosines(length, min(8, length)) for length in (height, width))
+    rows, columns = torch.arange(len(down))[:, None], torch.arange(len(across))
+    falling = 1 / (1 + (rows**2 + columns**2).sqrt())  # photos and what moves a model are smooth
+    # A perturbation of the ball's size has features of norm 1 at most, whatever the norm.
+    unit = threat.eps * float(threat.steepest(torch.randn(x.shape, generator=generator)).norm())
+
+    def features(points: Tensor) -> Tensor:
+        low = torch.einsum("nchw,ih,jw->ncij", (points - x).double().cpu(), down, across) * falling / unit
+        return torch.cat([torch.ones(len(points), 1, dtype=torch.float64), low.flatten(1)], 1)
+
+    size = 1 + channels * falling.numel()
+    precision = _NOISE**2 * torch.eye(size, dtype=torch.float64)
+    moments = torch.zeros(size, oracle.classes, dtype=torch.float64)
+    point = x
+    while True:
+        told = oracle(point).double().cpu()
+        dial.told(bool(oracle.answered.all()))
+        if oracle.answered.all():
+            seen = features(point)
+            precision, moments = precision + seen.T @ seen, moments + seen.T @ told
+        root = torch.linalg.cholesky(precision)
+        doubt = torch.randn(moments.shape, generator=generator, dtype=torch.float64)
+        doubt = torch.linalg.solve_triangular(root.T, doubt, upper=True)
+        drawn = torch.cholesky_solve(moments, root) + 4 * dial.value * _NOISE * doubt
+        leads = (drawn - drawn[:, y]).T  # of each class over the true one
+        low = leads[:, 1:].view(-1, channels, *falling.shape) * falling
+        steepest = threat.steepest(torch.einsum("ncij,ih,jw->nchw", low, down, across))
+        points = threat.candidates(x, (threat.eps * steepest).to(x))
+        promise = (features(points) * leads).sum(1)
+        promise[y] = -torch.inf
+        point = points[promise.argmax()][None]
+
+
+def _cosines(length: int, kept: int) -> Tensor:
+    """The lowest rows of the orthonormal DCT. Shapes: (kept, length) float64."""
+    rows = torch.stack([_cosine(length, frequency) for frequency in range(kept)])
+    return rows / rows.norm(dim=1, keepdim=True)
 
 
 def _blocks(x: Tensor, cells: int, generator: torch.Generator, share: float = 1.0) -> Tensor:

@@ -116,6 +116,7 @@ def campaign(
         tier=tier,
         hardware=hardware(data.x.device),
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        notes=(access.note,) if access.note else (),
         stopped=stopped,
     )
 

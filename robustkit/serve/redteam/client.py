@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -201,21 +202,34 @@ def _burns(response: httpx.Response) -> bool:
 
 @dataclass(frozen=True)
 class Access:
-    """How an attacker gets in: the URL; keys to attack with, for each attack; a key that nothing was asked with yet."""
+    """How an attacker gets in: the URL; keys to attack with, for each attack; a key that nothing was asked with yet.
+
+    `note` says what of it a reader of the results has to know.
+    """
 
     url: str
     keys: Callable[[], Sequence[str]]
     fresh: Callable[[], str]
+    note: str = ""
 
 
-def listed(url: str, keys: Sequence[str]) -> Access:
+def listed(url: str, keys: Sequence[str], attacks: int = 1) -> Access:
     """With keys that there are. Of several, the last is kept for untouched images and for results.
 
-    All attacks share them then, and what a detector remembers of them. Raises: RobustkitError without a key.
+    The others are dealt out to so many attacks, the same number to each; too few for that are shared, and the note says
+    so. Raises: RobustkitError without a key.
     """
     if not keys:
         raise RobustkitError("an attacker needs at least one API key; got none.")
-    return Access(url, lambda: keys[:-1] or keys, lambda: keys[-1])
+    mine, each = keys[:-1] or keys, (len(keys) - 1) // attacks
+    if each == 0:
+        note = (
+            f"The {attacks} attacks share {len(mine)} {'key' if len(mine) == 1 else 'keys'}: what one burns, and what "
+            f"detectors remember of it, count against the next; {attacks + 1} keys would keep them apart"
+        )
+        return Access(url, lambda: mine, lambda: keys[-1], note if attacks > 1 else "")
+    hands = itertools.cycle(mine[i * each : (i + 1) * each] for i in range(attacks))
+    return Access(url, lambda: next(hands), lambda: keys[-1])
 
 
 def granted(url: str, admin_url: str, credential: str, accounts: int) -> Access:
@@ -229,8 +243,8 @@ def granted(url: str, admin_url: str, credential: str, accounts: int) -> Access:
     return Access(url, lambda: [key() for _ in range(accounts)], key)
 
 
-def read_access(url: str, path: Path, admin_url: str = "", accounts: int = 1) -> Access:
-    """Access by the keys in a file: one a line, or the credentials.json of a service.
+def read_access(url: str, path: Path, admin_url: str = "", accounts: int = 1, attacks: int = 1) -> Access:
+    """Access by the keys in a file, for so many attacks: one a line, or the credentials.json of a service.
 
     With `admin_url` the control plane makes `accounts` new ones for each attack. Raises: RobustkitError for a file that
     holds no key, or not the operator's credential where one is needed.
@@ -258,7 +272,7 @@ def read_access(url: str, path: Path, admin_url: str = "", accounts: int = 1) ->
         raise RobustkitError(
             f"{accounts} accounts need --admin, which makes them; or list the keys in a file."
         )
-    return listed(url, keys)
+    return listed(url, keys, attacks)
 
 
 def make_key(admin_url: str, credential: str) -> str:
