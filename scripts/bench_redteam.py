@@ -224,7 +224,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--images", type=int, default=24, help="for each seed (default 24)")
+    parser.add_argument("--images", type=int, default=20, help="for each seed (default 20)")
     parser.add_argument("--queries", type=int, default=250, help="for each image and attack (default 250)")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--cases", nargs="*", default=list(CASES), help="some of them, by name")
