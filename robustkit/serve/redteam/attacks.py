@@ -302,7 +302,8 @@ def linear_bandit(
 def _cosines(length: int, kept: int) -> Tensor:
     """The lowest rows of the orthonormal DCT. Shapes: (kept, length) float64."""
     rows = torch.stack([_cosine(length, frequency) for frequency in range(kept)])
-    return rows / rows.norm(dim=1, keepdim=True)
+    unit: Tensor = rows / rows.norm(dim=1, keepdim=True)
+    return unit
 
 
 def _blocks(x: Tensor, cells: int, generator: torch.Generator, share: float = 1.0) -> Tensor:
