@@ -74,7 +74,8 @@ _LONG = Schedule(
     120, 512, 0.2, optimizer="sgd", rise=0.05, ema=0.995, bf16=True, watched=2_000
 )  # for a GPU: PreAct-18, PGD-10
 _SHORT = Schedule(30, 256, 0.2, optimizer="sgd", rise=0.4, ema=0.99, bf16=True, watched=1_000)  # one step
-_TINY = Schedule(50, 128, 0.1, optimizer="sgd", rise=0.2, ema=0.995, bf16=True, watched=500)  # one CPU core
+_TINY = Schedule(4, 128, 0.1, optimizer="sgd", rise=0.3, ema=0.99, bf16=True, watched=500)  # one CPU core
+_HOUR = Schedule(50, 128, 0.1, optimizer="sgd", rise=0.2, ema=0.995, bf16=True, watched=500)  # one, with bf16 units
 _SMOKE = Schedule(2, 32, 0.1, optimizer="sgd", ema=0.9, watched=64)  # is the machinery whole?
 _SELECTED_BY = ("cifar10-lossless-4k", "select")
 
@@ -151,6 +152,7 @@ RECIPES: dict[str, Recipe] = {
         _cifar10("cifar10-linf-n-fgsm", "n-fgsm-at", _LINF, _SHORT),
         # For one CPU core, and for a test.
         _cifar10("cifar10-l2-w16", "one-step-l2-at", _TRAINED_L2, _TINY, model="preact_resnet10_w16"),
+        _cifar10("cifar10-l2-w16-long", "one-step-l2-at", _TRAINED_L2, _HOUR, model="preact_resnet10_w16"),
         _cifar10(
             "cifar10-gaussian-0.25-w16",
             "gaussian-0.25",

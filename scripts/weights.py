@@ -67,8 +67,8 @@ TESTS = {"mnist": [_MNIST], "cifar10-jpeg": [_JPEG, _LOSSLESS], "cifar10": [_PUB
 SURROGATES = {"mnist": "mnist-clean"}  # for the audit: a model of the task that was trained without a defence
 OTHER_BALL = {"L2": Ball("Linf", 8 / 255), "Linf": Ball("L2", 0.5)}
 NOTES = {
-    "preact_resnet10_w16": "a few epochs of a small network, what minutes of one CPU core buy: for practice, far "
-    "below what is published for this ball, and nothing to defend a service with"
+    "preact_resnet10_w16": "a small network, what minutes or an hour of one CPU core buy: for practice, far below what "
+    "is published for this ball, and nothing to defend a service with"
 }
 
 
