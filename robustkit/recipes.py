@@ -75,7 +75,7 @@ _LONG = Schedule(
 )  # for a GPU: PreAct-18, PGD-10
 _SHORT = Schedule(30, 256, 0.2, optimizer="sgd", rise=0.4, ema=0.99, bf16=True, watched=1_000)  # one step
 _TINY = Schedule(4, 128, 0.1, optimizer="sgd", rise=0.3, ema=0.99, bf16=True, watched=500)  # one CPU core
-_HOUR = Schedule(50, 128, 0.1, optimizer="sgd", rise=0.2, ema=0.995, bf16=True, watched=500)  # one, with bf16 units
+_HOUR = Schedule(50, 128, 0.1, optimizer="sgd", rise=0.2, ema=0.995, bf16=True, watched=500)  # bf16 units
 _SMOKE = Schedule(2, 32, 0.1, optimizer="sgd", ema=0.9, watched=64)  # is the machinery whole?
 _SELECTED_BY = ("cifar10-lossless-4k", "select")
 

@@ -1,6 +1,6 @@
 """What grading a class costs: the sandboxed path beside plain `nbgrader autograde` of the same notebooks.
 
-    python scripts/bench_grading.py [--submissions 60] [--round 6] [--out FOLDER]
+    python -m scripts.bench_grading [--submissions 60] [--round 6] [--out FOLDER]
 
 Synthetic submissions to lesson 1 in its smoke tier: right, partly right, untouched, crashing and cheating ones,
 none of them harmful, because plain nbgrader runs them without a sandbox. The class is cut into rounds; in each
