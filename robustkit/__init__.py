@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from robustkit.attacks import Attack as Attack
     from robustkit.attacks.apgd import apgd as apgd
     from robustkit.attacks.apgd import apgd_targeted as apgd_targeted
+    from robustkit.attacks.fab import fab_targeted as fab_targeted
     from robustkit.attacks.fgsm import fgsm as fgsm
     from robustkit.attacks.fgsm import rs_fgsm as rs_fgsm
     from robustkit.attacks.library import LIBRARY as LIBRARY
@@ -72,8 +73,8 @@ if TYPE_CHECKING:
 _HOME = {
     name: module
     for module, names in {
-        "attacks": "attacks Attack apgd apgd_targeted early_stopped_pgd fgsm noise pgd rs_fgsm spatial_grid "
-        "spatial_random square transfer",
+        "attacks": "attacks Attack apgd apgd_targeted early_stopped_pgd fab_targeted fgsm noise pgd rs_fgsm "
+        "spatial_grid spatial_random square transfer",
         "attacks.library": "LIBRARY",
         "data": "data Dataset load",
         "defences": "DEFENCES",

@@ -22,8 +22,8 @@ from robustkit.threat import white_box
 
 EPS = {("cifar10", "Linf"): "8/255", ("cifar10", "L2"): "0.5"}  # as the published files write it
 IMAGES = 10_000  # RobustBench measures on the whole test split
-# AutoAttack's standard version in an evaluation: whole, or its four parts one by one.
-AUTOATTACK = "autoattack"
+# AutoAttack's standard version in an evaluation: whole, its four parts one by one, or our own form of them.
+AUTOATTACK, OWN = "autoattack", "standard"  # an attack's name, a protocol's
 PARTS = tuple(f"{AUTOATTACK}-{part}" for part in ("apgd-ce", "apgd-t", "fab-t", "square"))
 
 _COPIES = Path(__file__).parent / "leaderboards"
@@ -186,7 +186,7 @@ def to_robustbench(
     """The evaluation as a file of RobustBench's `model_info`; what is not given stays null, as in its own tool.
 
     Synthetic images belong in `footnote`: it is the only place where RobustBench tells of them. What
-    sets the figure apart from RobustBench's (fewer images, other pixels) is added to it.
+    sets the figure apart from RobustBench's (fewer images, other pixels, our own code) is added to it.
     Raises: RobustkitError when the figure is none that RobustBench ranks; see `standing`.
     """
     board = load("cifar10", evaluation.threat.ball.norm)
@@ -229,18 +229,28 @@ def _comparable(evaluation: Evaluation, board: Leaderboard) -> None:
         raise RobustkitError(
             f"not comparable: measured on {data.dataset} {data.split}; {ranked}, on the test split."
         )
-    attacks = [run.name for run in evaluation.attacks]
-    missing = [name for name in PARTS if name not in attacks]
-    if AUTOATTACK not in attacks and missing:
+    missing = _missing(evaluation)
+    if missing and evaluation.protocol != OWN:
+        attacks = ", ".join(run.name for run in evaluation.attacks)
         raise RobustkitError(
-            f"not comparable: measured with {', '.join(attacks)}, which bounds from above what RobustBench ranks, "
-            f"AutoAttack's standard version; evaluate with {', '.join(missing)} as well."
+            f"not comparable: measured with {attacks}, which bounds from above what RobustBench ranks, "
+            f"AutoAttack's standard version; evaluate with {', '.join(missing)} as well, or with protocol {OWN}."
         )
+
+
+def _missing(evaluation: Evaluation) -> list[str]:
+    """The parts of AutoAttack, as its own code has them, that were not run."""
+    attacks = [run.name for run in evaluation.attacks]
+    return [] if AUTOATTACK in attacks else [name for name in PARTS if name not in attacks]
 
 
 def _reservations(evaluation: Evaluation) -> tuple[str, ...]:
     """What a reader must know before putting the figure beside a published one."""
     data, notes = evaluation.data, []
+    if _missing(evaluation):
+        notes.append(
+            f"AutoAttack's four attacks in robustkit's own form (protocol {OWN}), not AutoAttack's code."
+        )
     if not data.exact:
         notes.append(f"NOT the images that RobustBench measures on: {data.dataset}, {data.note}.")
     if evaluation.n < IMAGES:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from robustkit.attacks import apgd, apgd_targeted, early_stopped_pgd, fgsm, pgd, rs_fgsm
+from robustkit.attacks import apgd, apgd_targeted, early_stopped_pgd, fab_targeted, fgsm, pgd, rs_fgsm
 from robustkit.device import seeded
 from robustkit.errors import RobustkitError
 from robustkit.losses import cross_entropy, margin, towards
@@ -23,6 +23,7 @@ ATTACKS = {
     "early-stopped pgd": lambda *args, **kwargs: early_stopped_pgd(*args, steps=10, restarts=2, **kwargs),
     "apgd": lambda *args, **kwargs: apgd(*args, steps=20, **kwargs),
     "apgd, targeted": lambda *args, **kwargs: apgd_targeted(*args, steps=20, loss=towards(margin), **kwargs),
+    "fab, targeted": lambda *args, **kwargs: fab_targeted(*args, steps=20, **kwargs),
 }
 each_attack = pytest.mark.parametrize("attack", ATTACKS.values(), ids=ATTACKS)
 each_norm = pytest.mark.parametrize("norm", NORMS)

@@ -12,7 +12,7 @@ import torch
 from scipy import stats
 from torch import Tensor, nn
 
-from robustkit.attacks import fgsm, pgd, rs_fgsm
+from robustkit.attacks import apgd, apgd_targeted, fab, fab_targeted, fgsm, pgd, rs_fgsm, square
 from robustkit.attacks.library import LIBRARY
 from robustkit.device import Prepared
 from robustkit.errors import RobustkitError
@@ -526,10 +526,20 @@ def test_a_protocol_is_known_by_its_attacks(monkeypatch):
 
 
 def test_standard_is_what_the_referee_calls_standard():
-    """pyautoattack's own list of attacks for its standard protocol, in its order."""
+    """The attacks of pyautoattack's own standard protocol, in its order and with its settings, by our engine."""
     pyautoattack = pytest.importorskip("pyautoattack")
     referee = pyautoattack.AutoAttack(linear(), version="standard", device="cpu")
-    assert list(PROTOCOLS["standard"]) == [f"autoattack-{part}" for part in referee.attacks_to_run]
+    parts = [referee.apgd, referee.apgd_targeted, referee.fab, referee.square]
+    assert referee.attacks_to_run == ["apgd-ce", "apgd-t", "fab-t", "square"]
+    assert [part.n_restarts for part in parts] == [1, 1, 1, 1]
+    theirs = [
+        (apgd, {"steps": referee.apgd.n_iter}),
+        (apgd_targeted, {"steps": parts[1].n_iter, "targets": parts[1].n_target_classes}),
+        (fab_targeted, {"steps": parts[2].n_iter, "targets": parts[2].n_target_classes}),
+        (square, {"queries": referee.square.n_queries}),
+    ]
+    assert [(attack.func, attack.keywords) for attack in PROTOCOLS["standard"].values()] == theirs
+    assert (referee.fab.eta, referee.fab.beta, referee.fab.alpha_max) == (fab.ETA, fab.BETA, fab.ALPHA_MAX)
 
 
 def test_the_threat_model_says_the_strongest_knowledge_that_was_used():

@@ -400,6 +400,20 @@ def test_the_json_form_invents_nothing_and_hides_nothing():
             leaderboard.to_robustbench(wrong)
 
 
+def test_our_own_four_are_compared_and_say_that_they_are_ours():
+    from robustkit.evaluate import PROTOCOLS
+
+    ours = replace(measured(7031, attacks=tuple(PROTOCOLS["standard"])), protocol=leaderboard.OWN)
+    (note,) = standing(ours, load("cifar10", "L2")).notes
+    assert "robustkit's own form (protocol standard), not AutoAttack's code" in note
+    assert leaderboard.to_robustbench(ours, footnote="Ours.")["footnote"] == f"Ours. {note}"
+    for weaker in (replace(ours, protocol=None), replace(ours, protocol="fast")):
+        with pytest.raises(RobustkitError, match="as well, or with protocol standard"):
+            leaderboard.to_robustbench(weaker)
+    by_the_referee = replace(measured(7031), protocol=leaderboard.OWN)  # as written when these were its parts
+    assert standing(by_the_referee, load("cifar10", "L2")).notes == ()
+
+
 def checkout(folder: Path, records: dict[str, str], norm: str = "L2") -> None:
     place = folder / "model_info" / "cifar10" / norm
     place.mkdir(parents=True)

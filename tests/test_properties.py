@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from robustkit.attacks import apgd, apgd_targeted, fgsm, pgd, rs_fgsm
+from robustkit.attacks import apgd, apgd_targeted, fab_targeted, fgsm, pgd, rs_fgsm
 from robustkit.evaluate import evaluate, predict
 from robustkit.results import CLEAN
 from robustkit.threat import NORMS, TOLERANCE, Ball
@@ -27,6 +27,7 @@ ATTACKS = {
     "pgd": partial(pgd, steps=3, restarts=2),
     "apgd": partial(apgd, steps=6),
     "apgd-t": partial(apgd_targeted, steps=6, targets=2),
+    "fab-t": partial(fab_targeted, steps=6, targets=2),
 }
 
 

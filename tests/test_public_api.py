@@ -37,6 +37,7 @@ PUBLIC = {
     "build": "models",
     "check": "lessons",
     "early_stopped_pgd": "attacks",
+    "fab_targeted": "attacks",
     "fgsm": "attacks",
     "find_recipe": "recipes",
     "load": "data",

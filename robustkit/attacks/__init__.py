@@ -30,6 +30,7 @@ class Attack(Protocol):
 
 
 from robustkit.attacks.apgd import apgd, apgd_targeted  # noqa: E402
+from robustkit.attacks.fab import fab_targeted  # noqa: E402
 from robustkit.attacks.fgsm import fgsm, rs_fgsm  # noqa: E402
 from robustkit.attacks.noise import noise  # noqa: E402
 from robustkit.attacks.patch import patch_pgd  # noqa: E402
@@ -43,6 +44,7 @@ __all__ = [
     "apgd",
     "apgd_targeted",
     "early_stopped_pgd",
+    "fab_targeted",
     "fgsm",
     "noise",
     "patch_pgd",

@@ -9,9 +9,16 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from robustkit.attacks.gradient import Attempt, check_schedule, checked, input_gradient, score, worst_case
+from robustkit.attacks.gradient import (
+    Attempt,
+    check_schedule,
+    checked,
+    input_gradient,
+    likeliest,
+    score,
+    worst_case,
+)
 from robustkit.device import Model, attackable, confirmed
-from robustkit.errors import RobustkitError
 from robustkit.losses import Loss, TargetedLoss, cross_entropy, dlr_targeted
 from robustkit.threat import Ball, check_batch, check_logits, per_example
 
@@ -86,20 +93,13 @@ def apgd_targeted(
     """
     check_batch(x, y)
     check_schedule(x, ball, steps, 1, start)
-    if targets < 1:
-        raise RobustkitError(f"targets must be at least 1; got {targets}.")
 
     def attempt(target: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         labels, given = torch.stack([y[rows], target[rows]], 1), None if start is None else start[rows]
         return _attempt(model, x[rows], labels, ball, given, steps, loss, generator)
 
     with attackable(model):
-        with torch.no_grad():
-            logits = model(x)
-        check_logits(logits, y)
-        wrong = logits.scatter(1, y[:, None], -torch.inf)
-        likeliest = wrong.topk(min(targets, logits.shape[1] - 1), dim=1).indices
-        attempts: list[Attempt] = [partial(attempt, target) for target in likeliest.unbind(1)]
+        attempts: list[Attempt] = [partial(attempt, target) for target in likeliest(model, x, y, targets)]
         return worst_case(x, attempts)
 
 

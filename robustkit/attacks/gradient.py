@@ -72,6 +72,21 @@ def worst_case(x: Tensor, attempts: Iterable[Attempt]) -> Tensor:
     return best
 
 
+def likeliest(model: Model, x: Tensor, y: Tensor, targets: int) -> tuple[Tensor, ...]:
+    """The wrong classes that the model finds likeliest, best first: all of them where it has fewer than `targets`.
+
+    Shapes: x (n, ...), y (n,) -> `targets` times (n,). Raises: RobustkitError for `targets` below 1, or unusable
+    logits.
+    """
+    if targets < 1:
+        raise RobustkitError(f"targets must be at least 1; got {targets}.")
+    with torch.no_grad():
+        logits = model(x)
+    check_logits(logits, y)
+    wrong = logits.scatter(1, y[:, None], -torch.inf)
+    return wrong.topk(min(targets, logits.shape[1] - 1), dim=1).indices.unbind(1)
+
+
 def check_schedule(x: Tensor, ball: Ball, steps: int, restarts: int, start: Tensor | None) -> None:
     """Refuse settings that mean nothing. Raises: RobustkitError."""
     if steps < 1 or restarts < 1:
