@@ -201,7 +201,7 @@ def prepare(model: Model, x: Tensor, *, precision: torch.dtype | None = None) ->
     """`model`, ready to be attacked on images like `x`: a `Prepared`, or `model` itself where none is safe.
 
     The search copy has frozen parameters, is in eval mode, and does the same work in less time:
-    BatchNorm folded, a strided first convolution on pixel blocks, channels last (`surgery.py`), and
+    BatchNorm folded, a strided first convolution as a matrix product, channels last (`surgery.py`), and
     bfloat16 where the processor multiplies matrices in it. `precision` (float32 or bfloat16) overrides
     the last. Nothing is timed and nothing is compiled: the copy follows from the model and the machine
     alone, so that a resumed run gets the same one, and nobody waits for a compiler.

@@ -192,24 +192,66 @@ def test_a_preactivation_resnet_is_folded_where_it_can_be_and_stays_the_same():
         (5, 4, 1, True),
         (3, 2, 1, True),
         (3, 1, 1, False),
-        (4, 2, 0, False),
-        (3, 3, 1, False),
+        (4, 2, 0, True),
+        (3, 3, 1, True),
+        ((4, 2), (3, 1), (2, 0), True),
+        (2, 6, 0, False),  # of every row it would look at, two pixels in six count
     ],
 )
-def test_a_strided_convolution_on_pixel_blocks_is_the_same_function(kernel, stride, padding, rewritten):
+def test_a_strided_convolution_as_a_product_is_the_same_function(kernel, stride, padding, rewritten):
     model = nn.Sequential(nn.Conv2d(3, 5, kernel, stride, padding), nn.Flatten())
     simple = copy.deepcopy(model)
-    surgery.space_to_depth(simple, torch.Size((3, 16, 20)))
-    assert any(isinstance(layer, nn.PixelUnshuffle) for layer in simple.modules()) == rewritten
+    surgery.rows_as_products(simple, torch.Size((3, 16, 20)))
+    assert any(isinstance(layer, surgery.OnRows) for layer in simple.modules()) == rewritten
     x = images(4, (3, 16, 20))
     assert_same(answers(simple, x), answers(model, x))
     with torch.no_grad():
         assert torch.equal(simple(x), model(x))  # forward alone: the convolution as it was
+    other = images(4, (3, 18, 22))
+    assert_same(answers(simple, other), answers(model, other))  # and so on images of another size
+
+
+class FlattenedTwice(Net):
+    """The flattened images go into two layers: neither may lose the order that it was trained in."""
+
+    def __init__(self):
+        super().__init__()
+        self.flat, self.one, self.two = nn.Flatten(), nn.Linear(48, 4), nn.Linear(48, 4)
+
+    def forward(self, x):
+        flat = self.flat(nn.functional.adaptive_avg_pool2d(x, 4))
+        return self.one(flat) + self.two(flat)
+
+
+@pytest.mark.parametrize("start", [1, 2])
+def test_flattening_in_the_order_of_memory_is_the_same_function(start):
+    linear = nn.Linear(5 * 49 if start == 1 else 49, 4)
+    model = nn.Sequential(nn.Conv2d(3, 5, 3, 2, 1), nn.ReLU(), nn.Flatten(start), linear)
+    simple, x = copy.deepcopy(model), images(4, (3, 14, 14))
+    surgery.flatten_channels_last(simple, x.shape[1:])
+    rewritten = any(isinstance(layer, surgery.FlattenChannelsLast) for layer in simple.modules())
+    assert rewritten == (start == 1)
+    torch.testing.assert_close(simple(x), model(x))
+    if rewritten:  # the weights alone would be another function
+        simple[2] = nn.Flatten()
+        assert (simple(x) - model(x)).abs().max() > 0.01
+
+
+@pytest.mark.parametrize(
+    "make",
+    [FlattenedTwice, lambda: nn.Sequential(nn.Flatten(), nn.Linear(768, 3))],
+    ids=["twice", "no convolution"],
+)
+def test_flattening_is_left_where_the_order_of_memory_is_no_help(make):
+    model = make()
+    surgery.flatten_channels_last(model, torch.Size((3, 16, 16)))
+    assert not any(isinstance(layer, surgery.FlattenChannelsLast) for layer in model.modules())
 
 
 def test_the_course_model_is_rewritten():
     ready = prepare(pretrained("mnist-pgd"), images(8, (1, 28, 28)), precision=torch.float32)
-    assert any(isinstance(layer, nn.PixelUnshuffle) for layer in ready.modules())
+    kinds = {type(layer) for layer in ready.modules()}
+    assert {surgery.OnRows, surgery.FlattenChannelsLast} <= kinds
 
 
 @pytest.mark.parametrize("make", [resnet, lambda: pretrained("mnist-pgd")], ids=["resnet", "mnist"])
@@ -413,7 +455,7 @@ def test_a_wrong_fold_is_refused_and_the_model_used_instead(mistake, monkeypatch
 
 @pytest.mark.parametrize("make", [ConvolutionSeenTwice, ConvolutionCalledTwice, NormCalledTwice])
 def test_a_fold_that_follows_the_order_of_the_layers_and_not_the_data_is_refused(make, monkeypatch):
-    monkeypatch.setattr(surgery, "_pairs", lambda model: [(model.conv, model.norm)])
+    monkeypatch.setattr(surgery, "_pairs", lambda model, fit: [(model.conv, model.norm)])
     model = scrambled(make()).eval()
     assert prepare(model, images()) is model
 
