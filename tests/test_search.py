@@ -365,6 +365,25 @@ def test_a_confirmed_success_is_kept_whatever_was_claimed_before():
     torch.testing.assert_close(found, torch.full((3, 1), 0.5))
 
 
+def test_claims_wait_and_are_looked_at_together():
+    """A quick copy that is always fooled, and a model that never is: one pass of it for ten queries."""
+    asked: list[int] = []
+
+    def strict(x: torch.Tensor) -> torch.Tensor:
+        asked.append(len(x))
+        return torch.cat([1 - 0 * x, 0 * x], 1)
+
+    def quick(x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([0 * x, 1 - 0 * x], 1)
+
+    x, y = torch.zeros(3, 1), torch.zeros(3, dtype=torch.int64)
+    random_search(Prepared(quick, strict), x, y, 24, lambda query, clean, best: clean)
+    assert asked == [30, 30, 12]
+    asked.clear()
+    random_search(strict, x, y, 24, lambda query, clean, best: clean)
+    assert asked == [3] * 24
+
+
 # --- noise -----------------------------------------------------------------------------------------
 
 

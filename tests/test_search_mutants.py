@@ -23,6 +23,8 @@ def of(test: Callable[..., None], **arguments: object) -> Callable[..., None]:
 
 scripted = test_search.test_the_search_keeps_the_highest_margin_and_the_first_point_that_fools
 believed = test_search.test_a_point_that_fools_only_the_quick_half_of_a_prepared_model_stays
+waiting = test_search.test_claims_wait_and_are_looked_at_together
+first = test_search.test_a_confirmed_success_is_kept_whatever_was_claimed_before
 spent = of(test_search.test_square_spends_its_queries_and_no_gradient, norm="Linf")
 schedule = test_search.test_the_share_is_halved_at_the_papers_marks_rescaled
 places = test_search.test_each_example_draws_its_own_square_from_every_position
@@ -34,24 +36,52 @@ nearest = test_spatial.test_the_grid_returns_the_nearest_miss_where_nothing_fool
 last = of(test_spatial.test_the_grid_finds_the_one_transform_that_fools, row=774)
 
 MUTANTS = [
-    Mutant("the lowest margin is kept", SEARCH, "(losses > highest)", "(losses < highest)", scripted),
-    Mutant("the last proposal is kept", SEARCH, "(losses > highest)", "(losses == losses)", scripted),
-    Mutant("the first proposal is kept", SEARCH, "(losses > highest)", "(highest == -torch.inf)", scripted),
+    Mutant(
+        "the lowest margin is kept",
+        SEARCH,
+        "better = losses > highest",
+        "better = losses < highest",
+        scripted,
+    ),
+    Mutant(
+        "the last proposal is kept",
+        SEARCH,
+        "better = losses > highest",
+        "better = losses == losses",
+        scripted,
+    ),
+    Mutant(
+        "the first proposal is kept",
+        SEARCH,
+        "better = losses > highest",
+        "better = highest == -torch.inf",
+        scripted,
+    ),
     Mutant(
         "a success is kept only where its margin is the highest",
         SEARCH,
-        "fooled | (losses > highest)",
-        "(losses > highest)",
+        "claimed = logits.argmax(1) != labels",
+        "claimed = (logits.argmax(1) != labels) & better",
         test_search.test_a_confirmed_success_is_kept_whatever_was_claimed_before,
     ),
     Mutant(
         "the quick half is believed",
         SEARCH,
-        "confirmed(model, points, labels, logits.argmax(1) != labels)",
-        "logits.argmax(1) != labels",
+        "confirmed(model, said, y[rows], torch.ones_like(rows, dtype=torch.bool))",
+        "torch.ones_like(rows, dtype=torch.bool)",
         believed,
     ),
-    Mutant("whoever is fooled stays", SEARCH, "stay = ~fooled", "stay = fooled | True", spent),
+    Mutant("whoever is fooled stays", SEARCH, "~torch.isin(left, rows[fooled])", "left >= 0", spent),
+    Mutant("the last claims are not looked at", SEARCH, " or query == queries - 1", "", believed),
+    Mutant("every claim is looked at on its own", SEARCH, "ASKED_EVERY if", "1 if", waiting),
+    Mutant("claims are looked at twice", SEARCH, "rows[fooled]), []", "rows[fooled]), claims", waiting),
+    Mutant(
+        "the last success is kept",
+        SEARCH,
+        "zip(reversed(claims), reversed(verdicts)",
+        "zip(claims, verdicts",
+        first,
+    ),
     Mutant("gradients are recorded", SEARCH, "with torch.no_grad(), ", "with ", spent),
     Mutant("one query too many", SEARCH, "range(queries)", "range(queries + 1)", spent),
     Mutant("survivors are given back untouched", SEARCH, "    best[left] = current\n", "", scripted),
