@@ -5,7 +5,9 @@ Three programs certify one image in turn, so that a busy machine slows all of th
 test answers "certified at this radius?" for images for which the fixed test of 100,000 samples answers too.
 Figures go to stdout as one JSON object, their meaning to stderr.
 
-CPU seconds stand beside wall-clock ones: with one thread they hardly depend on what else the machine does.
+CPU seconds stand beside wall-clock ones: with one torch thread they hardly depend on what else the machine does.
+With `--threads 1` on two cores, noise is drawn on the one while the model works on the other; with more torch
+threads than that, the two share cores. The record says how many there were.
 """
 
 import argparse
@@ -158,7 +160,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15, help="rounds of the race (default 15)")
     parser.add_argument("--images", type=int, default=50, help="images for the staged test (default 50)")
     parser.add_argument("--n", type=int, default=10_000, help="samples of a certificate (default 10,000)")
+    parser.add_argument("--threads", type=int, default=1, help="of torch's operations (default 1)")
     options = parser.parse_args()
+    torch.set_num_threads(options.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     digits = data.load("mnist", "test", limit=options.images, device=device)
     small = models.pretrained("mnist-clean").to(device).eval()
@@ -174,6 +178,7 @@ def main() -> None:
         "staged": stages(small, digits, 0.25, [0.25, 0.5, 0.75], 100_000),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or "cpu",
         "threads": torch.get_num_threads(),
+        "processors": os.cpu_count(),
         "load": round(os.getloadavg()[0], 1),
         "torch": torch.__version__,
         "seed": 0,

@@ -7,6 +7,7 @@ distribution of votes, the expected radius and the chance of a wrong certificate
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -366,6 +367,46 @@ def test_rows_do_not_depend_on_batch_size_or_order():
     assert rows(data, 4 * BLOCK) == first
     assert rows(data.take([4, 0, 2])) == {i: first[i] for i in (14, 10, 12)}
     assert len({row.radius for row in first.values()}) > 1
+
+
+def test_noise_drawn_ahead_is_the_generators_in_order_and_no_more_than_is_used():
+    seen: list[torch.Tensor] = []
+
+    def model(x):
+        seen.append(x.clone())
+        return x.flatten(1)[:, :2]
+
+    image, mine, plain = interior()[0], generator(), generator()
+    for n in (100, 250, 777, 1_000):
+        seen.clear()
+        votes(model, image, 0.3, n, mine)
+        sizes = [250] * (n // 250) + [n % 250] * (n % 250 > 0)
+        noise = torch.cat(
+            [torch.empty(size, *image.shape).normal_(0, 0.3, generator=plain) for size in sizes]
+        )
+        assert torch.equal(torch.cat(seen), noise.add_(image))
+        assert torch.equal(mine.get_state(), plain.get_state())
+
+
+@pytest.mark.parametrize("call", [1, 2, 4])
+def test_whoever_fails_is_heard_and_leaves_no_thread(call, monkeypatch):
+    def failing(work):
+        calls = iter(range(1, 99))
+
+        def fails(*arguments, **settings):
+            if next(calls) == call:
+                raise ArithmeticError("on purpose")
+            return work(*arguments, **settings)
+
+        return fails
+
+    threads, model = threading.active_count(), linear()
+    with pytest.raises(ArithmeticError, match="on purpose"):
+        votes(failing(model), interior()[0], 0.3, 1_000, generator())
+    monkeypatch.setattr(torch.Tensor, "normal_", failing(torch.Tensor.normal_))
+    with pytest.raises(ArithmeticError, match="on purpose"):
+        votes(model, interior()[0], 0.3, 1_000, generator())
+    assert threading.active_count() == threads
 
 
 def test_the_model_is_left_as_it_was_and_votes_in_eval_mode():

@@ -12,7 +12,8 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -50,23 +51,41 @@ def votes(
 ) -> Tensor:
     """How often the model gives each class to `n` noisy copies of one image.
 
+    On a CPU another thread draws the next copies meanwhile: torch draws normal numbers on one core, and for a
+    small model that takes a quarter of a pass.
     Shapes: image (c, h, w) -> (classes,) int64, on the CPU. Units: sigma in input units.
     Randomness: `generator` alone, on the device of `image`; whatever the batch size, the noise is the same.
     Raises: RobustkitError when the batch size is no multiple of BLOCK, or the model does not return a
     finite row of logits for each copy.
     """
     _check_batch_size(batch_size)
-    copies = torch.empty((min(batch_size, n), *image.shape), device=image.device, dtype=image.dtype)
+    copies = torch.empty((2, min(batch_size, n), *image.shape), device=image.device, dtype=image.dtype)
     counts = torch.zeros((), dtype=torch.int64, device=image.device)
-    with torch.no_grad(), strict_fp32(), attackable(model):
+
+    def draw(start: int) -> Tensor:
+        batch = copies[start // batch_size % 2, : n - start]
+        for block in batch.split(BLOCK):
+            block.normal_(0.0, sigma, generator=generator)
+        return batch
+
+    with torch.no_grad(), strict_fp32(), attackable(model), ThreadPoolExecutor(1) as aside:
+        ahead = aside.submit if image.device.type == "cpu" else _at_once
+        coming = _at_once(draw, 0)
         for start in range(0, n, batch_size):
-            batch = copies[: n - start]
-            for block in batch.split(BLOCK):
-                block.normal_(0.0, sigma, generator=generator)
+            batch, following = coming.result(), start + batch_size
+            if following < n:
+                coming = ahead(draw, following)
             logits = model(batch.add_(image))
             _check_votes(logits, len(batch))
             counts = counts + torch.bincount(logits.argmax(1), minlength=logits.shape[1])
     return counts.cpu()
+
+
+def _at_once(work: Callable[[int], Tensor], start: int) -> Future[Tensor]:
+    """As `submit` of a pool, in this thread."""
+    done: Future[Tensor] = Future()
+    done.set_result(work(start))
+    return done
 
 
 def predict(
