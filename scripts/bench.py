@@ -15,6 +15,7 @@ import contextlib
 import importlib.metadata
 import io
 import json
+import operator
 import os
 import statistics
 import subprocess
@@ -23,6 +24,7 @@ import time
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -45,10 +47,9 @@ from benching.subjects import SEED, SUBJECTS, Subject
 from benching.table import markdown
 from tqdm import tqdm
 
-from robustkit.attacks.library import LIBRARY
 from robustkit.data import Dataset
-from robustkit.device import attackable, fastest, hardware, prepare, seeded
-from robustkit.evaluate import PROTOCOLS, evaluate
+from robustkit.device import attackable, fastest, hardware, prepare
+from robustkit.evaluate import PROTOCOLS, evaluate, predict
 from robustkit.results import Interval, Provenance
 from robustkit.threat import Ball
 
@@ -153,26 +154,30 @@ def forward_section(subject: Subject, rounds: int, bar: Bar) -> dict[str, Any]:
 
 
 def standard_section(subject: Subject, rounds: int, bar: Bar) -> dict[str, Any]:
-    """AutoAttack's standard protocol: pyautoattack as it is, over a prepared model, and our own protocols."""
-    ball, ready = subject.balls["Linf"], prepare(subject.model, subject.x)
-
-    def as_it_is(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            peer = import_module("pyautoattack")
-            attack = peer.AutoAttack(subject.model, norm=ball.norm, eps=ball.eps, seed=SEED, device=x.device)
-            found: torch.Tensor = attack.run_standard_evaluation(x, y, batch_size=len(x))[0]
-        return found
-
-    def over_prepared(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return LIBRARY["autoattack"](ready, x, y, ball, generator=seeded(SEED, "standard"))
-
-    runs = {"pyautoattack": as_it_is, "pyautoattack over the prepared model": over_prepared}
-    timings = interleaved(subject.model, runs, subject.x, subject.y, rounds, SEED, bar)
-    timings["robustkit evaluate, protocol fast"] = fast(subject, ball, rounds, bar)
+    """AutoAttack's standard protocol: pyautoattack as it is, and our own protocols as a user runs them."""
+    ball = subject.balls["Linf"]
+    runs = {"pyautoattack": by_referee}
+    runs |= {
+        f"robustkit evaluate, protocol {name}": partial(by_protocol, name) for name in ("standard", "fast")
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    robust: dict[str, list[bool]] = {name: [] for name in runs}
+    for x, y in zip(subject.x.chunk(rounds), subject.y.chunk(rounds), strict=True):
+        for name, run in runs.items():
+            bar.set_postfix_str(name)
+            start = time.perf_counter()
+            robust[name] += run(subject, ball, x, y)
+            seconds[name].append(time.perf_counter() - start)
+            bar.update()
+    timings = {
+        name: Timing(tuple(seconds[name]), Interval(sum(kept), len(kept))) for name, kept in robust.items()
+    }
+    apart = [
+        f"{sum(map(operator.ne, kept, robust['pyautoattack']))} ({name})" for name, kept in robust.items()
+    ]
     return {
         "title": f"AutoAttack standard, {ball} on {subject.name}",
-        "about": subject.about,
+        "about": f"{subject.about}; verdicts unlike pyautoattack's: {', '.join(apart[1:])}",
         "n": len(subject.x),
         "rounds": rounds,
         "batch": len(subject.x) // rounds,
@@ -180,21 +185,24 @@ def standard_section(subject: Subject, rounds: int, bar: Bar) -> dict[str, Any]:
     }
 
 
-def fast(subject: Subject, ball: Ball, rounds: int, bar: Bar) -> Timing:
-    """Our own protocol as a user runs it, verdicts and all, on the same parts of the images."""
-    bar.set_postfix_str("protocol fast")
-    seconds, survived = [], []
+def by_referee(subject: Subject, ball: Ball, x: torch.Tensor, y: torch.Tensor) -> list[bool]:
+    """Which images survive pyautoattack, called directly on the model."""
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        peer = import_module("pyautoattack")
+        attack = peer.AutoAttack(subject.model, norm=ball.norm, eps=ball.eps, seed=SEED, device=x.device)
+        found: torch.Tensor = attack.run_standard_evaluation(x, y, batch_size=len(x))[0]
+    return predict(subject.model, found, y).tolist()
+
+
+def by_protocol(name: str, subject: Subject, ball: Ball, x: torch.Tensor, y: torch.Tensor) -> list[bool]:
+    """Which images survive a protocol of ours, as a user runs it: preparing the model and verdicts included."""
     where = Provenance("the bench's images", "test", "bench", "0" * 64, False)
-    for x, y in zip(subject.x.chunk(rounds), subject.y.chunk(rounds), strict=True):
-        data = Dataset(x, y, tuple(range(len(x))), where, tuple("0123456789"))
-        start = time.perf_counter()
-        result = evaluate(
-            subject.model, data, ball, PROTOCOLS["fast"], model_name=subject.name, tier="full", progress=False
-        )
-        seconds.append(time.perf_counter() - start)
-        survived.append(result.robust)
-        bar.update()
-    return Timing(tuple(seconds), Interval(sum(share.k for share in survived), len(subject.x)))
+    data = Dataset(x, y, tuple(range(len(x))), where, tuple("0123456789"))
+    result = evaluate(
+        subject.model, data, ball, PROTOCOLS[name], model_name=subject.name, tier="full", progress=False
+    )
+    return [broken is None for broken in result.broken_by]
 
 
 # --- memory: each contestant in a process of its own ---------------------------------------------------
