@@ -93,21 +93,23 @@ def trained(run_dir: Path, *, shards: int = 4, last_step: int = -1) -> None:
 
 def main(folder: Path, how: str) -> None:
     training.CHECKPOINT_SECONDS = -1.0
-    with scale.joined():
-        if how == "uneven":
-            trained(folder / "run", shards=3)
-        elif how.startswith("train"):
-            trained(
-                folder / "run", last_step=10 if how == "train-kill" else -1
-            )  # two shards a step, three batches to settle the average by: in the fourth step
-        else:
-            found = measured(pgd if how == "whole" else Failing(how), scale.ranks)
-            (folder / f"{how}-{scale.rank()}.json").write_text(found.to_json())
+    if how == "uneven":
+        trained(folder / "run", shards=3)
+    elif how.startswith("train"):
+        trained(
+            folder / "run", last_step=10 if how == "train-kill" else -1
+        )  # two shards a step, three batches to settle the average by: in the fourth step
+    else:
+        found = measured(pgd if how == "whole" else Failing(how), scale.ranks)
+        (folder / f"{how}-{scale.rank()}.json").write_text(found.to_json())
 
 
 if __name__ == "__main__":
     try:
-        for how in sys.argv[2:]:
-            main(Path(sys.argv[1]), how)
+        with (
+            scale.joined()
+        ):  # once: to meet again at the same port, one rank may find what the other is about to leave
+            for how in sys.argv[2:]:
+                main(Path(sys.argv[1]), how)
     except RobustkitError as error:
         sys.exit(f"robustkit: {error}")

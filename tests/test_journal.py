@@ -94,7 +94,7 @@ def test_a_process_killed_again_and_again_gets_there(whole, tmp_path):
     """SIGKILL before the first batch, within the clean pass, after it, and within an attack."""
     journal, result = tmp_path / "deep" / "eval.json.partial", tmp_path / "eval.json"
     finished = []
-    for forward in (1, 8, 12, 20, 10_000):
+    for forward in (1, 9, 13, 21, 10_000):
         command = [sys.executable, "-m", "tests.killed", str(journal), str(result), str(forward)]
         status = subprocess.run(command, cwd=Path(__file__).parents[1], check=False).returncode
         assert status == (0 if forward == 10_000 else -signal.SIGKILL)
