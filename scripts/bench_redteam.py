@@ -18,6 +18,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -107,10 +108,16 @@ def measured(name: str, case: Case, n: int, queries: int, seed: int) -> Campaign
 
 def place(name: str, case: Case, n: int, queries: int, seed: int) -> Path:
     """Where the campaign lies that was measured under just these terms, or will: of these weights and this code."""
+    terms = hashlib.sha256(repr((name, case, n, queries, seed, BALL, subject())).encode()).hexdigest()
+    return PARTS / f"{terms[:16]}.json"
+
+
+@cache
+def subject() -> str:
+    """The weights and the code that are measured, as they were when the bench began."""
     weights = [zoo.card(model)["sha256"] for model in (MODEL, SURROGATE)]
     code = [path.read_bytes() for path in sorted((ROOT / "robustkit").rglob("*.py"))]
-    terms = hashlib.sha256(repr((name, case, n, queries, seed, BALL, weights, code)).encode()).hexdigest()
-    return PARTS / f"{terms[:16]}.json"
+    return hashlib.sha256(repr((weights, code)).encode()).hexdigest()
 
 
 def pool(campaigns: Sequence[Campaign]) -> dict[str, Run]:
@@ -242,6 +249,7 @@ def main() -> None:
         }
         cases = {name: replace(cases[name], attacks=attacks) for name, attacks in kept.items() if attacks}
     found: dict[str, list[Campaign]] = {}
+    subject()  # now: the code may be edited while it runs
     jobs = [(seed, name, case) for seed in range(options.seeds) for name, case in cases.items()]
     for seed, name, case in (bar := tqdm(jobs, unit="case", file=sys.stderr)):
         bar.set_description(f"{name}, seed {seed}")

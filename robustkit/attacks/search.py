@@ -16,9 +16,8 @@ from robustkit.threat import check_batch, check_logits, per_example
 Proposal = Callable[[int, Tensor, Tensor], Tensor]
 
 
-ASKED_EVERY = (
-    10  # queries after which claims made on a prepared model's quick half are looked at, in one pass
-)
+# Queries after which claims made on a prepared model's quick half are looked at, in one pass.
+ASKED_EVERY = 10
 
 
 def random_search(model: Model, x: Tensor, y: Tensor, queries: int, propose: Proposal) -> Tensor:
