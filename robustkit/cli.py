@@ -11,6 +11,7 @@ import argparse
 import functools
 import hashlib
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -167,7 +168,9 @@ def _evaluate(options: argparse.Namespace) -> int:
     model = _model(options, options.weights)
     images = _images(options, _IMAGES[tier] if options.n is None else options.n)
     _check_fits(model, _architecture(options), images)
-    batch_size = min(scale.shared(lambda: device.batch_size(model, images.x)))
+    fitting = min(scale.shared(lambda: device.batch_size(model, images.x)))
+    batches = math.ceil(len(images) / fitting)
+    batch_size = math.ceil(len(images) / batches)  # of one size: processes that share them end together
     with scale.journal_of_rank(journal) as path, _runner(options) as (runner, machines):
         evaluation = evaluate.evaluate(
             model,
@@ -250,12 +253,12 @@ def _curve(options: argparse.Namespace) -> int:
 def _runner(options: argparse.Namespace) -> Iterator[tuple[Runner, list[Hardware]]]:
     """Who does the jobs of an evaluation, and on which machines if not here.
 
-    They are the workers of --dask, or the ranks of a torchrun, mostly one.
+    They are the workers of --dask, the ranks of a torchrun, or forks of this process.
     """
     from robustkit import scale
 
     if options.dask is None:
-        yield scale.ranks, []
+        yield scale.ranks if scale.world() > 1 else scale.forks, []
         return
     if scale.world() > 1:
         raise RobustkitError("--dask under torchrun would do everything twice; leave out one of the two.")

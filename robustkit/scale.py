@@ -1,22 +1,31 @@
-"""Beyond one process: the ranks of a torchrun share evaluation and training. One process needs none of it.
+"""Beyond one process: forks of it share an evaluation, the ranks of a torchrun evaluation and training.
 
     torchrun --standalone --nproc-per-node 2 -m -- robustkit evaluate ...
 
-Every rank runs the same command; `rank` tells them apart, and only rank 0 writes files and shows
-progress. Sums are taken in an order that the ranks do not change, so that what they make together is
-bit for bit what one process makes with as many threads (torchrun sets OMP_NUM_THREADS=1).
+Forks come and go by themselves, where torch has several threads. Every rank runs the same command; `rank` tells
+them apart, and only rank 0 writes files and shows progress. Sums are taken in an order that the ranks do not
+change, so that what they make together is bit for bit what one process makes with as many threads (torchrun sets
+OMP_NUM_THREADS=1).
 """
 
 from __future__ import annotations
 
+import ctypes
 import datetime
+import multiprocessing
 import os
+import signal
+import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import islice
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -28,6 +37,7 @@ from robustkit.evaluate import Job, in_turn
 T = TypeVar("T")
 
 PATIENCE = datetime.timedelta(minutes=30)  # the longest that a rank waits for another's batch
+_PR_SET_PDEATHSIG = 1
 
 
 @contextmanager
@@ -150,3 +160,74 @@ def ranks(work: Callable[[Job], list[int]], jobs: Sequence[Job]) -> Iterator[tup
         answers: list[list[tuple[Job, list[int]]]] = shared(partial(list, in_turn(work, mine)))
         for pairs in answers:
             yield from pairs
+
+
+def forks(work: Callable[[Job], list[int]], jobs: Sequence[Job]) -> Iterator[tuple[Job, list[int]]]:
+    """The runner of several cores: a fork of this process for each of torch's threads, and one thread in each.
+
+    Batches side by side wait for nobody, while the threads of one batch meet after every operation; small
+    networks gain most. As forks start from what this process has, models need not be importable. In turn, here,
+    where there is one job or one thread, and where forking is not safe: off Linux, and for work on a GPU.
+    Raises: RobustkitError when a fork is killed, and what a job raises.
+    """
+    number = min(torch.get_num_threads(), len(jobs))
+    if number < 2 or sys.platform != "linux" or torch.cuda.is_initialized():
+        yield from in_turn(work, jobs)
+        return
+    waiting = iter(jobs)
+    crew, busy = [], dict[Any, Job]()  # the forks, and by the connection to each what it is doing
+    try:
+        for job in islice(waiting, number):
+            process, connection = _forked(work)
+            crew.append(process)
+            connection.send(job)
+            busy[connection] = job
+        while busy:
+            for ready in wait(list(busy)):
+                asked: Any = ready  # wait() is annotated for sockets as well
+                job = busy.pop(asked)
+                try:
+                    broken, error = asked.recv()
+                    for following in islice(waiting, 1):
+                        asked.send(following)
+                        busy[asked] = following
+                except (EOFError, OSError) as gone:
+                    raise RobustkitError(
+                        "a process of the evaluation was killed; see whether the machine has enough memory, or set "
+                        "OMP_NUM_THREADS=1 for one process alone, and go on by --resume."
+                    ) from gone
+                if error is not None:
+                    raise error
+                yield job, broken
+    finally:
+        for process in crew:
+            process.kill()
+            process.join()
+
+
+def _forked(work: Callable[[Job], list[int]]) -> tuple[BaseProcess, Connection]:
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_do_jobs, args=(work, theirs, os.getpid()), daemon=True)
+    with warnings.catch_warnings():
+        # Python 3.12 warns that another thread may hold a lock: torch's own are idle between two batches.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        process.start()
+    theirs.close()
+    return process, ours
+
+
+def _do_jobs(work: Callable[[Job], list[int]], asked: Connection, parent: int) -> None:
+    """In a fork: jobs until it is killed, by its parent or because that one has ended, in whatever way."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, who ends this
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        return
+    torch.set_num_threads(1)  # and no more: OpenMP would wait for threads that were not forked along
+    while True:
+        job, broken, error = asked.recv(), None, None
+        try:
+            broken = work(job)
+        except Exception as caught:
+            error = caught
+        asked.send((broken, error))

@@ -39,7 +39,7 @@ from benching.contestants import (
     find_peers,
     here,
     in_batches,
-    in_threads,
+    in_forks,
     peers,
 )
 from benching.measure import Bar, Timing, counted, interleaved, peak_bytes, ratio
@@ -51,18 +51,19 @@ from robustkit.data import Dataset
 from robustkit.device import attackable, fastest, hardware, prepare
 from robustkit.evaluate import PROTOCOLS, evaluate, predict
 from robustkit.results import Interval, Provenance
+from robustkit.scale import forks
 from robustkit.threat import Ball
 
-# Subject, norm, steps, rounds, images a round: what fits into ten minutes on two cores.
+# Subject, norm, steps, rounds, images a round: what fits into a quarter of an hour on two cores.
 PLAN = [
-    ("mnist", "Linf", 40, 5, 256),
-    ("mnist", "L2", 40, 3, 256),
-    ("mnist", "Linf", 1, 12, 256),
-    ("resnet20", "Linf", 40, 3, 64),
-    ("resnet20", "Linf", 1, 5, 64),
+    ("mnist", "Linf", 40, 5, 512),
+    ("mnist", "L2", 40, 3, 512),
+    ("mnist", "Linf", 1, 12, 512),
+    ("resnet20", "Linf", 40, 3, 128),
+    ("resnet20", "Linf", 1, 5, 128),
 ]
 QUICK = [("mnist", "Linf", 4, 2, 64), ("resnet20", "Linf", 4, 2, 32)]
-STANDARD = ("mnist", 2, 75)  # AutoAttack: subject, rounds, images a round
+STANDARD = ("mnist", 4, 125, 63)  # AutoAttack: subject, rounds, images a round, images a batch
 
 
 def versions() -> dict[str, str]:
@@ -106,7 +107,7 @@ def pgd_section(subject: Subject, ball: Ball, steps: int, rounds: int, bar: Bar)
     size = best_batch(subject.model, subject.x)
     make = {name: made(subject.model, subject.x, ball, steps) for name, made in everybody.items()}
     runs = {name: in_batches(run, size) for name, run in make.items()}
-    runs["robustkit, threads"] = in_threads(make["robustkit"], size, subject.model)
+    runs["robustkit, forks"] = in_forks(make["robustkit"], size)
     timings = interleaved(subject.model, runs, subject.x, subject.y, rounds, SEED, bar)
     passes = {name: passes_of(made, subject, ball, steps) for name, made in (OURS | rivals).items()}
     return {
@@ -153,12 +154,13 @@ def forward_section(subject: Subject, rounds: int, bar: Bar) -> dict[str, Any]:
     }
 
 
-def standard_section(subject: Subject, rounds: int, bar: Bar) -> dict[str, Any]:
+def standard_section(subject: Subject, rounds: int, size: int, bar: Bar) -> dict[str, Any]:
     """AutoAttack's standard protocol: pyautoattack as it is, and our own protocols as a user runs them."""
     ball = subject.balls["Linf"]
     runs = {"pyautoattack": by_referee}
     runs |= {
-        f"robustkit evaluate, protocol {name}": partial(by_protocol, name) for name in ("standard", "fast")
+        f"robustkit evaluate, protocol {name}": partial(by_protocol, name, size)
+        for name in ("standard", "fast")
     }
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     robust: dict[str, list[bool]] = {name: [] for name in runs}
@@ -177,10 +179,11 @@ def standard_section(subject: Subject, rounds: int, bar: Bar) -> dict[str, Any]:
     ]
     return {
         "title": f"AutoAttack standard, {ball} on {subject.name}",
-        "about": f"{subject.about}; verdicts unlike pyautoattack's: {', '.join(apart[1:])}",
+        "about": f"{subject.about}; pyautoattack takes a round's images at once; verdicts unlike its: "
+        f"{', '.join(apart[1:])}",
         "n": len(subject.x),
         "rounds": rounds,
-        "batch": len(subject.x) // rounds,
+        "batch": size,
         "rows": figures(timings, ["pyautoattack"], {}),
     }
 
@@ -195,12 +198,22 @@ def by_referee(subject: Subject, ball: Ball, x: torch.Tensor, y: torch.Tensor) -
     return predict(subject.model, found, y).tolist()
 
 
-def by_protocol(name: str, subject: Subject, ball: Ball, x: torch.Tensor, y: torch.Tensor) -> list[bool]:
+def by_protocol(
+    name: str, size: int, subject: Subject, ball: Ball, x: torch.Tensor, y: torch.Tensor
+) -> list[bool]:
     """Which images survive a protocol of ours, as a user runs it: preparing the model and verdicts included."""
     where = Provenance("the bench's images", "test", "bench", "0" * 64, False)
     data = Dataset(x, y, tuple(range(len(x))), where, tuple("0123456789"))
     result = evaluate(
-        subject.model, data, ball, PROTOCOLS[name], model_name=subject.name, tier="full", progress=False
+        subject.model,
+        data,
+        ball,
+        PROTOCOLS[name],
+        model_name=subject.name,
+        tier="full",
+        batch_size=size,
+        runner=forks,
+        progress=False,
     )
     return [broken is None for broken in result.broken_by]
 
@@ -239,7 +252,7 @@ def memory_of(name: str, contestant: str, n: int) -> int:
 
 def bench(out: Path, folder: Path, missing: list[str], quick: bool) -> None:
     plan = QUICK if quick else PLAN
-    name, rounds, share = STANDARD
+    name, rounds, share, size = STANDARD
     rivals = sum(
         rounds * (len(FLOORS) + len(OURS) + 1 + len(peers(Ball(norm, 1.0), steps)))
         for _, norm, steps, rounds, _ in plan
@@ -254,7 +267,7 @@ def bench(out: Path, folder: Path, missing: list[str], quick: bool) -> None:
         for each, n in (("mnist", 256), ("resnet20", 64)):
             sections.append(forward_section(SUBJECTS[each](forwards * n), forwards, bar))
         if here("pyautoattack") and not quick:
-            sections.append(standard_section(SUBJECTS[name](rounds * share), rounds, bar))
+            sections.append(standard_section(SUBJECTS[name](rounds * share), rounds, size, bar))
         for each, n in (("mnist", 512), ("resnet20", 64)):
             memory.append(memory_section(each, n, folder, bar))
     record = {

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+import types
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
 import robustkit
 from robustkit import cli, scale
+from robustkit.errors import RobustkitError
 from robustkit.evaluate import Job
 from robustkit.models import pretrained
-from tests.ranked import measured, trained
+from tests.ranked import Watched, measured, trained
 
 ROOT = Path(__file__).resolve().parent.parent
 TORCHRUN = (
@@ -56,10 +61,10 @@ def timeless(text: str) -> dict:
 
 
 @contextmanager
-def one_thread() -> Iterator[None]:
-    """As torchrun has it: another number of threads may round sums otherwise."""
+def threads(number: int) -> Iterator[None]:
+    """One as torchrun has it: another number may round sums otherwise."""
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(number)
     try:
         yield
     finally:
@@ -152,6 +157,135 @@ def test_a_rank_that_fails_stops_the_others_at_once(how, status, words, tmp_path
     assert list(tmp_path.glob("*.json")) == []
 
 
+# --- forks -----------------------------------------------------------------------------------------
+
+
+def test_forks_evaluate_side_by_side_to_what_one_thread_does(tmp_path):
+    with threads(1):
+        expected = measured()
+    with threads(3):
+        found = measured(Watched(tmp_path), scale.forks)
+        assert torch.get_num_threads() == 3
+    assert found.broken_by == expected.broken_by
+    workers = {int(path.name.split("-")[0]) for path in tmp_path.glob("*-begun")}
+    assert len(workers) == 3
+    assert os.getpid() not in workers
+    assert not any(psutil.pid_exists(worker) for worker in workers)
+
+
+def test_each_fork_has_one_thread():
+    jobs = [Job("pgd", (row,)) for row in range(4)]
+    with threads(2):
+        assert [number for _, (number,) in scale.forks(lambda job: [torch.get_num_threads()], jobs)] == [
+            1
+        ] * 4
+
+
+@pytest.mark.parametrize(("number", "rows"), [(1, 5), (4, 1)], ids=["one thread", "one job"])
+def test_where_there_is_nothing_to_share_the_work_is_done_here(number, rows):
+    with threads(number):
+        done = list(scale.forks(lambda job: [os.getpid()], [Job("pgd", (row,)) for row in range(rows)]))
+    assert {pid for _, (pid,) in done} == {os.getpid()}
+    assert [job.rows[0] for job, _ in done] == list(range(rows))
+
+
+def raising(error: Exception) -> Callable[[Job], list[int]]:
+    def work(job: Job) -> list[int]:
+        if job.rows == (3,):
+            raise error
+        return []
+
+    return work
+
+
+@pytest.mark.parametrize(
+    "error", [RobustkitError("leave it out."), torch.OutOfMemoryError("too many")], ids=repr
+)
+def test_what_a_job_raises_is_raised_here_and_no_fork_is_left(error):
+    jobs = [Job("pgd", (row,)) for row in range(6)]
+    with threads(2), pytest.raises(type(error), match=str(error)):
+        list(scale.forks(raising(error), jobs))
+    assert psutil.Process().children() == []
+
+
+def test_a_fork_that_is_killed_ends_the_evaluation_with_a_sentence():
+    def work(job: Job) -> list[int]:
+        if job.rows == (3,):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return list(job.rows)
+
+    done = []
+    with (
+        threads(2),
+        pytest.raises(RobustkitError, match="was killed; see whether the machine has enough memory"),
+    ):
+        done += scale.forks(work, [Job("pgd", (row,)) for row in range(6)])
+    assert psutil.Process().children() == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT], ids=["killed", "Ctrl-C"])
+def test_forks_end_with_their_parent_and_what_they_did_is_kept(how, tmp_path):
+    weights, out = tmp_path / "model.safetensors", tmp_path / "cut.json"
+    robustkit.save_weights(pretrained("mnist-clean"), weights)
+    command = [sys.executable, "-m", "robustkit", "evaluate", weights, "--data", "digits", "--split", "train"]
+    command += ["--n", "1000", "--eps", "0.1", "--attacks", "pgd-100x10", "--out", out]
+    journal, limit = out.with_name("cut.json.partial"), time.monotonic() + SECONDS
+    started = subprocess.Popen(
+        [*map(str, command)],
+        env=os.environ | {"OMP_NUM_THREADS": "2"},
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    with started:
+        while time.monotonic() < limit:
+            if journal.exists() and b"pgd-100x10" in journal.read_bytes().partition(b"\n")[2]:
+                break
+            time.sleep(0.01)
+        workers = psutil.Process(started.pid).children()
+        if how == signal.SIGINT:
+            os.killpg(started.pid, how)  # as a terminal does
+        else:
+            started.kill()
+        _, said = started.communicate(timeout=30)
+    assert len(workers) == 2
+    assert started.returncode == (130 if how == signal.SIGINT else -how)
+    assert "Traceback" not in said
+    psutil.wait_procs(workers, timeout=30)
+    assert not any(worker.is_running() for worker in workers)
+    assert not out.exists()
+    assert journal.exists()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "noticed_by"),
+    [
+        ("    torch.set_num_threads(1)", "    pass", lambda folder: test_each_fork_has_one_thread()),
+        ("if number < 2 or", "if True or", test_forks_evaluate_side_by_side_to_what_one_thread_does),
+        (
+            "if number < 2 or",
+            "if number < 1 or",
+            lambda folder: test_where_there_is_nothing_to_share_the_work_is_done_here(4, 1),
+        ),
+        (
+            "                if error is not None:\n                    raise error\n",
+            "",
+            lambda folder: test_what_a_job_raises_is_raised_here_and_no_fork_is_left(RobustkitError("no.")),
+        ),
+    ],
+    ids=["all cores in each fork", "no forks", "a fork for one job", "what a job raises is lost"],
+)
+def test_wrong_forks_are_noticed(old, new, noticed_by, monkeypatch, tmp_path):
+    source = Path(scale.__file__).read_text(encoding="utf-8")
+    assert source.count(old) == 1, "the mutant has lost its place in the source"
+    mutant = types.ModuleType(scale.__name__)
+    exec(compile(source.replace(old, new), "<mutant of scale>", "exec"), vars(mutant))
+    monkeypatch.setattr(scale, "forks", mutant.forks)
+    with pytest.raises((AssertionError, pytest.fail.Exception)):
+        noticed_by(tmp_path)
+
+
 # --- training --------------------------------------------------------------------------------------
 
 
@@ -161,7 +295,7 @@ def test_two_ranks_train_the_weights_of_one_process(tmp_path):
     done = torchrun("robustkit", *command, tmp_path / "two")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("written: ") == 1
-    with one_thread():
+    with threads(1):
         assert cli.main([*command, str(tmp_path / "one")]) == 0
     files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two")]
     assert files[0] == files[1]
@@ -174,7 +308,7 @@ def test_two_ranks_train_the_weights_of_one_process(tmp_path):
 
 @pytest.mark.slow
 def test_ranks_go_on_after_one_was_killed_to_the_weights_of_one_process(tmp_path):
-    with one_thread():
+    with threads(1):
         trained(tmp_path / "alone")
     first, second = two_ranks(tmp_path, "train-kill")
     assert second.returncode == -9

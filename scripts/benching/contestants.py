@@ -6,12 +6,10 @@ accuracies can be compared to the point. Nobody is given a frozen or a prepared 
 
 from __future__ import annotations
 
-import os
 import sys
 import types
 import warnings
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -24,6 +22,8 @@ from torch import Tensor, nn
 from robustkit._torchvision import import_torchvision
 from robustkit.attacks import fgsm, pgd
 from robustkit.device import attackable, batch_size, prepare
+from robustkit.evaluate import Job
+from robustkit.scale import forks
 from robustkit.threat import Ball
 
 Run = Callable[[Tensor, Tensor], Tensor]
@@ -207,13 +207,21 @@ def in_batches(run: Run, size: int) -> Run:
     return lambda x, y: torch.cat([run(a, b) for a, b in zip(x.split(size), y.split(size), strict=True)])
 
 
-def in_threads(run: Run, size: int, model: nn.Module) -> Run:
-    """Batches shared by one thread per processor, each with one thread for its operations."""
-    pool = ThreadPoolExecutor(os.cpu_count(), initializer=partial(torch.set_num_threads, 1))
+def in_forks(run: Run, size: int) -> Run:
+    """Batches shared by forks of this process, as `robustkit evaluate` has it."""
 
     def shared(x: Tensor, y: Tensor) -> Tensor:
-        with attackable(model):  # frozen for all threads at once: they would undo it for each other
-            return torch.cat(list(pool.map(run, x.split(size), y.split(size))))
+        found: Tensor = torch.empty_like(x).share_memory_()
+
+        def work(job: Job) -> list[int]:
+            rows = list(job.rows)
+            found[rows] = run(x[rows], y[rows])
+            return []
+
+        rows = torch.arange(len(x)).split(size)
+        for _ in forks(work, [Job("", tuple(part.tolist())) for part in rows]):
+            pass
+        return found
 
     return shared
 
