@@ -257,8 +257,12 @@ def _runner(options: argparse.Namespace) -> Iterator[tuple[Runner, list[Hardware
     """
     from robustkit import scale
 
+    if options.dask is None and scale.world() > 1:
+        yield scale.ranks, []
+        return
     if options.dask is None:
-        yield scale.ranks if scale.world() > 1 else scale.forks, []
+        with scale.forks() as runner:
+            yield runner, []
         return
     if scale.world() > 1:
         raise RobustkitError("--dask under torchrun would do everything twice; leave out one of the two.")

@@ -20,6 +20,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from multiprocessing.connection import Connection, wait
@@ -32,7 +33,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from robustkit.errors import RobustkitError
-from robustkit.evaluate import Job, in_turn
+from robustkit.evaluate import Job, Runner, in_turn
 
 T = TypeVar("T")
 
@@ -162,50 +163,79 @@ def ranks(work: Callable[[Job], list[int]], jobs: Sequence[Job]) -> Iterator[tup
             yield from pairs
 
 
-def forks(work: Callable[[Job], list[int]], jobs: Sequence[Job]) -> Iterator[tuple[Job, list[int]]]:
+@contextmanager
+def forks() -> Iterator[Runner]:
     """The runner of several cores: a fork of this process for each of torch's threads, and one thread in each.
 
     Batches side by side wait for nobody, while the threads of one batch meet after every operation; small
-    networks gain most. As forks start from what this process has, models need not be importable. In turn, here,
-    where there is one job or one thread, and where forking is not safe: off Linux, and for work on a GPU.
+    networks gain most. As forks start from what this process has, models need not be importable; they stay until
+    the end of the block, for the same work. In turn, here, where there is one thread, at first one job, or forking
+    is not safe: off Linux, and for work on a GPU.
     Raises: RobustkitError when a fork is killed, and what a job raises.
     """
-    number = min(torch.get_num_threads(), len(jobs))
-    if number < 2 or sys.platform != "linux" or torch.cuda.is_initialized():
-        yield from in_turn(work, jobs)
-        return
-    waiting = iter(jobs)
-    crew, busy = [], dict[Any, Job]()  # the forks, and by the connection to each what it is doing
+    crew: list[_Fork] = []
+
+    def end() -> None:
+        for fork in crew:
+            fork.process.kill()
+            fork.process.join()
+        crew.clear()
+
+    def run(work: Callable[[Job], list[int]], jobs: Sequence[Job]) -> Iterator[tuple[Job, list[int]]]:
+        number, safe = torch.get_num_threads(), sys.platform == "linux" and not torch.cuda.is_initialized()
+        if not safe or number < 2 or len(jobs) < 2:
+            yield from in_turn(work, jobs)
+            return
+        if any(fork.work is not work for fork in crew):
+            end()
+        crew.extend(_forked(work) for _ in range(len(crew), min(number, len(jobs))))
+        whole = False
+        try:
+            yield from _shared_out(crew, jobs)
+            whole = True
+        finally:
+            if not whole:  # some are still at a job of which nobody will hear
+                end()
+
     try:
-        for job in islice(waiting, number):
-            process, connection = _forked(work)
-            crew.append(process)
-            connection.send(job)
-            busy[connection] = job
-        while busy:
-            for ready in wait(list(busy)):
-                asked: Any = ready  # wait() is annotated for sockets as well
-                job = busy.pop(asked)
-                try:
-                    broken, error = asked.recv()
-                    for following in islice(waiting, 1):
-                        asked.send(following)
-                        busy[asked] = following
-                except (EOFError, OSError) as gone:
-                    raise RobustkitError(
-                        "a process of the evaluation was killed; see whether the machine has enough memory, or set "
-                        "OMP_NUM_THREADS=1 for one process alone, and go on by --resume."
-                    ) from gone
-                if error is not None:
-                    raise error
-                yield job, broken
+        yield run
     finally:
-        for process in crew:
-            process.kill()
-            process.join()
+        end()
 
 
-def _forked(work: Callable[[Job], list[int]]) -> tuple[BaseProcess, Connection]:
+@dataclass(frozen=True)
+class _Fork:
+    process: BaseProcess
+    asked: Connection
+    work: Callable[[Job], list[int]]
+
+
+def _shared_out(crew: Sequence[_Fork], jobs: Sequence[Job]) -> Iterator[tuple[Job, list[int]]]:
+    """Each job to whichever fork is free."""
+    waiting, busy = iter(jobs), dict[Any, Job]()  # by the connection to a fork what it is doing
+    for fork, job in zip(crew, waiting, strict=False):
+        fork.asked.send(job)
+        busy[fork.asked] = job
+    while busy:
+        for ready in wait(list(busy)):
+            asked: Any = ready  # wait() is annotated for sockets as well
+            job = busy.pop(asked)
+            try:
+                broken, error = asked.recv()
+                for following in islice(waiting, 1):
+                    asked.send(following)
+                    busy[asked] = following
+            except (EOFError, OSError) as gone:
+                raise RobustkitError(
+                    "a process of the evaluation was killed; see whether the machine has enough memory, or set "
+                    "OMP_NUM_THREADS=1 for one process alone, and go on by --resume."
+                ) from gone
+            if error is not None:
+                raise error
+            yield job, broken
+
+
+def _forked(work: Callable[[Job], list[int]]) -> _Fork:
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe()
     process = context.Process(target=_do_jobs, args=(work, theirs, os.getpid()), daemon=True)
@@ -214,7 +244,7 @@ def _forked(work: Callable[[Job], list[int]]) -> tuple[BaseProcess, Connection]:
         warnings.simplefilter("ignore", DeprecationWarning)
         process.start()
     theirs.close()
-    return process, ours
+    return _Fork(process, ours, work)
 
 
 def _do_jobs(work: Callable[[Job], list[int]], asked: Connection, parent: int) -> None:

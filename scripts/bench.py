@@ -107,8 +107,9 @@ def pgd_section(subject: Subject, ball: Ball, steps: int, rounds: int, bar: Bar)
     size = best_batch(subject.model, subject.x)
     make = {name: made(subject.model, subject.x, ball, steps) for name, made in everybody.items()}
     runs = {name: in_batches(run, size) for name, run in make.items()}
-    runs["robustkit, forks"] = in_forks(make["robustkit"], size)
-    timings = interleaved(subject.model, runs, subject.x, subject.y, rounds, SEED, bar)
+    with in_forks(make["robustkit"], size, subject.x) as shared:
+        runs["robustkit, forks"] = shared
+        timings = interleaved(subject.model, runs, subject.x, subject.y, rounds, SEED, bar)
     passes = {name: passes_of(made, subject, ball, steps) for name, made in (OURS | rivals).items()}
     return {
         "title": f"{'FGSM' if steps == 1 else f'PGD-{steps}'}, {ball} on {subject.name}",
@@ -204,17 +205,18 @@ def by_protocol(
     """Which images survive a protocol of ours, as a user runs it: preparing the model and verdicts included."""
     where = Provenance("the bench's images", "test", "bench", "0" * 64, False)
     data = Dataset(x, y, tuple(range(len(x))), where, tuple("0123456789"))
-    result = evaluate(
-        subject.model,
-        data,
-        ball,
-        PROTOCOLS[name],
-        model_name=subject.name,
-        tier="full",
-        batch_size=size,
-        runner=forks,
-        progress=False,
-    )
+    with forks() as runner:
+        result = evaluate(
+            subject.model,
+            data,
+            ball,
+            PROTOCOLS[name],
+            model_name=subject.name,
+            tier="full",
+            batch_size=size,
+            runner=runner,
+            progress=False,
+        )
     return [broken is None for broken in result.broken_by]
 
 

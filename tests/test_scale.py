@@ -164,7 +164,8 @@ def test_forks_evaluate_side_by_side_to_what_one_thread_does(tmp_path):
     with threads(1):
         expected = measured()
     with threads(3):
-        found = measured(Watched(tmp_path), scale.forks)
+        with scale.forks() as runner:
+            found = measured(Watched(tmp_path), runner)
         assert torch.get_num_threads() == 3
     assert found.broken_by == expected.broken_by
     workers = {int(path.name.split("-")[0]) for path in tmp_path.glob("*-begun")}
@@ -173,27 +174,50 @@ def test_forks_evaluate_side_by_side_to_what_one_thread_does(tmp_path):
     assert not any(psutil.pid_exists(worker) for worker in workers)
 
 
+def shared_out(work: Callable[[Job], list[int]], number: int) -> list[tuple[Job, list[int]]]:
+    """`number` jobs of one row each, through forks of their own."""
+    with scale.forks() as runner:
+        return list(runner(work, [Job("pgd", (row,)) for row in range(number)]))
+
+
 def test_each_fork_has_one_thread():
-    jobs = [Job("pgd", (row,)) for row in range(4)]
     with threads(2):
-        assert [number for _, (number,) in scale.forks(lambda job: [torch.get_num_threads()], jobs)] == [
-            1
-        ] * 4
+        assert [found for _, found in shared_out(lambda job: [torch.get_num_threads()], 4)] == [[1]] * 4
 
 
 @pytest.mark.parametrize(("number", "rows"), [(1, 5), (4, 1)], ids=["one thread", "one job"])
 def test_where_there_is_nothing_to_share_the_work_is_done_here(number, rows):
     with threads(number):
-        done = list(scale.forks(lambda job: [os.getpid()], [Job("pgd", (row,)) for row in range(rows)]))
+        done = shared_out(lambda job: [os.getpid()], rows)
     assert {pid for _, (pid,) in done} == {os.getpid()}
     assert [job.rows[0] for job, _ in done] == list(range(rows))
+
+
+def test_forks_stay_for_the_same_work_and_make_room_for_other():
+    def one(job: Job) -> list[int]:
+        return [1, os.getpid()]
+
+    def other(job: Job) -> list[int]:
+        return [2, os.getpid()]
+
+    jobs = [Job("pgd", (row,)) for row in range(8)]
+    with threads(2), scale.forks() as runner:
+        first, second, third = (list(runner(work, jobs)) for work in (one, one, other))
+        assert len(psutil.Process().children()) == 2
+    kinds, workers = (
+        [{found[of] for _, found in done} for done in (first, second, third)] for of in range(2)
+    )
+    assert kinds == [{1}, {1}, {2}]
+    assert workers[0] | workers[1] == workers[0]
+    assert not workers[0] & workers[2]
 
 
 def raising(error: Exception) -> Callable[[Job], list[int]]:
     def work(job: Job) -> list[int]:
         if job.rows == (3,):
             raise error
-        return []
+        time.sleep(0.05)
+        return list(job.rows)
 
     return work
 
@@ -201,10 +225,12 @@ def raising(error: Exception) -> Callable[[Job], list[int]]:
 @pytest.mark.parametrize(
     "error", [RobustkitError("leave it out."), torch.OutOfMemoryError("too many")], ids=repr
 )
-def test_what_a_job_raises_is_raised_here_and_no_fork_is_left(error):
-    jobs = [Job("pgd", (row,)) for row in range(6)]
-    with threads(2), pytest.raises(type(error), match=str(error)):
-        list(scale.forks(raising(error), jobs))
+def test_what_a_job_raises_is_raised_here_and_the_next_jobs_meet_no_old_answers(error):
+    work, jobs = raising(error), [Job("pgd", (row,)) for row in range(9)]
+    with threads(2), scale.forks() as runner:
+        with pytest.raises(type(error), match=str(error)):
+            list(runner(work, jobs))
+        assert sorted(runner(work, jobs[4:]), key=str) == [(job, list(job.rows)) for job in jobs[4:]]
     assert psutil.Process().children() == []
 
 
@@ -214,12 +240,8 @@ def test_a_fork_that_is_killed_ends_the_evaluation_with_a_sentence():
             os.kill(os.getpid(), signal.SIGKILL)
         return list(job.rows)
 
-    done = []
-    with (
-        threads(2),
-        pytest.raises(RobustkitError, match="was killed; see whether the machine has enough memory"),
-    ):
-        done += scale.forks(work, [Job("pgd", (row,)) for row in range(6)])
+    with threads(2), pytest.raises(RobustkitError, match="was killed; see whether the machine has enough"):
+        shared_out(work, 6)
     assert psutil.Process().children() == []
 
 
@@ -262,19 +284,40 @@ def test_forks_end_with_their_parent_and_what_they_did_is_kept(how, tmp_path):
     ("old", "new", "noticed_by"),
     [
         ("    torch.set_num_threads(1)", "    pass", lambda folder: test_each_fork_has_one_thread()),
-        ("if number < 2 or", "if True or", test_forks_evaluate_side_by_side_to_what_one_thread_does),
+        ("if not safe or", "if True or", test_forks_evaluate_side_by_side_to_what_one_thread_does),
         (
-            "if number < 2 or",
-            "if number < 1 or",
+            "number < 2 or len(jobs) < 2",
+            "False",
             lambda folder: test_where_there_is_nothing_to_share_the_work_is_done_here(4, 1),
         ),
         (
-            "                if error is not None:\n                    raise error\n",
+            "        if any(fork.work is not work for fork in crew):\n            end()\n",
             "",
-            lambda folder: test_what_a_job_raises_is_raised_here_and_no_fork_is_left(RobustkitError("no.")),
+            lambda folder: test_forks_stay_for_the_same_work_and_make_room_for_other(),
+        ),
+        (
+            "            if error is not None:\n                raise error\n",
+            "",
+            lambda folder: test_what_a_job_raises_is_raised_here_and_the_next_jobs_meet_no_old_answers(
+                RobustkitError("no.")
+            ),
+        ),
+        (
+            "whole = False",
+            "whole = True",
+            lambda folder: test_what_a_job_raises_is_raised_here_and_the_next_jobs_meet_no_old_answers(
+                RobustkitError("no.")
+            ),
         ),
     ],
-    ids=["all cores in each fork", "no forks", "a fork for one job", "what a job raises is lost"],
+    ids=[
+        "all cores in each fork",
+        "no forks",
+        "a fork for one job",
+        "forks that go on with other work",
+        "what a job raises is lost",
+        "answers to jobs of before",
+    ],
 )
 def test_wrong_forks_are_noticed(old, new, noticed_by, monkeypatch, tmp_path):
     source = Path(scale.__file__).read_text(encoding="utf-8")

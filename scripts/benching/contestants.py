@@ -9,7 +9,8 @@ from __future__ import annotations
 import sys
 import types
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -207,23 +208,31 @@ def in_batches(run: Run, size: int) -> Run:
     return lambda x, y: torch.cat([run(a, b) for a, b in zip(x.split(size), y.split(size), strict=True)])
 
 
-def in_forks(run: Run, size: int) -> Run:
-    """Batches shared by forks of this process, as `robustkit evaluate` has it."""
+@contextmanager
+def in_forks(run: Run, size: int, x: Tensor) -> Iterator[Run]:
+    """Batches shared by forks of this process, as `robustkit evaluate` has it, for rounds of up to len(x) images.
 
-    def shared(x: Tensor, y: Tensor) -> Tensor:
-        found: Tensor = torch.empty_like(x).share_memory_()
+    The forks start with the first round, which nobody times, and stay; images come and go in shared memory.
+    """
+    images, found = (torch.empty_like(x).share_memory_() for _ in range(2))
+    labels = torch.empty(len(x), dtype=torch.int64, device=x.device).share_memory_()
 
-        def work(job: Job) -> list[int]:
-            rows = list(job.rows)
-            found[rows] = run(x[rows], y[rows])
-            return []
+    def work(job: Job) -> list[int]:
+        rows = list(job.rows)
+        found[rows] = run(images[rows], labels[rows])
+        return []
 
-        rows = torch.arange(len(x)).split(size)
-        for _ in forks(work, [Job("", tuple(part.tolist())) for part in rows]):
-            pass
-        return found
+    with forks() as runner:
 
-    return shared
+        def shared(x: Tensor, y: Tensor) -> Tensor:
+            images[: len(x)], labels[: len(x)] = x, y
+            rows = torch.arange(len(x)).split(min(size, -(-len(x) // 2)))
+            for _ in runner(work, [Job("", tuple(part.tolist())) for part in rows]):
+                pass
+            whole: Tensor = found[: len(x)].clone()
+            return whole
+
+        yield shared
 
 
 def best_batch(model: nn.Module, x: Tensor) -> int:
