@@ -1,6 +1,6 @@
 """How fast: robustkit against its peers, and against the passes that nobody can do without.
 
-    python scripts/bench.py [--peers FOLDER] [--out FOLDER] [--quick]
+    python scripts/bench.py [--peers FOLDER] [--out FOLDER] [--quick] [--float32]
 
 Everything is interleaved in one process, round after round, on the same images and in batches of the same
 size; ratios are taken within rounds, so that what slows the machine slows both sides of a ratio. Memory is
@@ -47,8 +47,9 @@ from benching.subjects import SEED, SUBJECTS, Subject
 from benching.table import markdown
 from tqdm import tqdm
 
+from robustkit import device
 from robustkit.data import Dataset
-from robustkit.device import attackable, fastest, hardware, prepare
+from robustkit.device import attackable, hardware, prepare
 from robustkit.evaluate import PROTOCOLS, evaluate, predict
 from robustkit.results import Interval, Provenance
 from robustkit.scale import forks
@@ -223,13 +224,13 @@ def by_protocol(
 # --- memory: each contestant in a process of its own ---------------------------------------------------
 
 
-def memory_section(name: str, n: int, folder: Path, bar: Bar) -> dict[str, Any]:
+def memory_section(name: str, n: int, folder: Path, more: list[str], bar: Bar) -> dict[str, Any]:
     subject = SUBJECTS[name](n)
     ball, size = subject.balls["Linf"], best_batch(subject.model, subject.x)
     taken = {}
     for contestant in ("robustkit", *peers(ball, 40)):
         bar.set_postfix_str(f"memory of {contestant}")
-        command = [sys.executable, __file__, "--peers", str(folder)]
+        command = [sys.executable, __file__, "--peers", str(folder), *more]
         done = subprocess.run(
             [*command, "--memory", name, contestant, str(n)], capture_output=True, text=True, check=False
         )
@@ -252,7 +253,7 @@ def memory_of(name: str, contestant: str, n: int) -> int:
 # --- the whole -------------------------------------------------------------------------------------------
 
 
-def bench(out: Path, folder: Path, missing: list[str], quick: bool) -> None:
+def bench(out: Path, folder: Path, missing: list[str], quick: bool, float32: bool) -> None:
     plan = QUICK if quick else PLAN
     name, rounds, share, size = STANDARD
     rivals = sum(
@@ -271,7 +272,7 @@ def bench(out: Path, folder: Path, missing: list[str], quick: bool) -> None:
         if here("pyautoattack") and not quick:
             sections.append(standard_section(SUBJECTS[name](rounds * share), rounds, size, bar))
         for each, n in (("mnist", 512), ("resnet20", 64)):
-            memory.append(memory_section(each, n, folder, bar))
+            memory.append(memory_section(each, n, folder, ["--float32"] * float32, bar))
     record = {
         "created": time.strftime("%Y-%m-%d"),
         "minutes": round((time.time() - started) / 60, 1),
@@ -282,12 +283,13 @@ def bench(out: Path, folder: Path, missing: list[str], quick: bool) -> None:
         "missing": missing,
         "seed": SEED,
         "quick": quick,
+        "search": str(device.fastest(device.pick_device())).removeprefix("torch."),
         "sections": sections,
         "memory": memory,
     }
     out.mkdir(parents=True, exist_ok=True)
     kind = "gpu" if torch.cuda.is_available() else "cpu"
-    if kind == "cpu" and fastest(torch.device("cpu")) == torch.bfloat16:
+    if kind == "cpu" and device.fastest(torch.device("cpu")) == torch.bfloat16:
         kind = "cpu-bf16"  # another machine in all but name: nothing there compares with figures of float32
     (out / f"{kind}.json").write_text(json.dumps(record, indent=2) + "\n")
     (out / f"{kind}.md").write_text(markdown(record))
@@ -304,8 +306,15 @@ def main() -> None:
     parser.add_argument(
         "--quick", action="store_true", help="one minute, to see that it runs; figures mean little"
     )
+    parser.add_argument(
+        "--float32",
+        action="store_true",
+        help="as on a processor without bfloat16 units: prepare models in float32",
+    )
     parser.add_argument("--memory", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.float32:
+        device.fastest = lambda where: torch.float32
     if options.memory:
         subject, contestant, n = options.memory
         find_peers(options.peers, {contestant} - {"robustkit"})
@@ -314,7 +323,7 @@ def main() -> None:
     missing = find_peers(options.peers)
     for peer in missing:
         print(f"bench: left out: {peer}", file=sys.stderr)
-    bench(options.out, options.peers, missing, options.quick)
+    bench(options.out, options.peers, missing, options.quick, options.float32)
 
 
 if __name__ == "__main__":

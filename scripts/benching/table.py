@@ -16,7 +16,8 @@ def markdown(record: dict[str, Any]) -> str:
         f"Machine: {hardware['device']}, {hardware['cpu']}, {record['processors']} processors, "
         f"{hardware['threads']} torch threads, Python {hardware['python']}; load at the end {record['load']:.1f}.",
         "Versions: " + ", ".join(f"{name} {version}" for name, version in versions.items()) + ".",
-        f"Seed {record['seed']}. Missing: {', '.join(record['missing']) or 'nobody'}.",
+        f"Models prepared in {record['search']}. Seed {record['seed']}. "
+        f"Missing: {', '.join(record['missing']) or 'nobody'}.",
         "",
         "Everybody attacks the same images from the images themselves, in batches of the same size, one after",
         "the other in each round. A ratio is the median of the rounds' ratios, with their middle half. Floor:",
