@@ -250,8 +250,30 @@ def test_a_fork_that_is_killed_ends_the_evaluation_with_a_sentence():
 def test_forks_end_with_their_parent_and_what_they_did_is_kept(how, tmp_path):
     weights, out = tmp_path / "model.safetensors", tmp_path / "cut.json"
     robustkit.save_weights(pretrained("mnist-clean"), weights)
-    command = [sys.executable, "-m", "robustkit", "evaluate", weights, "--data", "digits", "--split", "train"]
-    command += ["--n", "1000", "--eps", "0.1", "--attacks", "pgd-100x10", "--out", out]
+    # What a shell starts in the background inherits that Ctrl-C is ignored; a terminal's own does not.
+    command = [
+        "env",
+        "--default-signal=INT",
+        sys.executable,
+        "-m",
+        "robustkit",
+        "evaluate",
+        weights,
+        "--out",
+        out,
+    ]
+    command += [
+        "--data",
+        "digits",
+        "--split",
+        "train",
+        "--n",
+        "1000",
+        "--eps",
+        "0.1",
+        "--attacks",
+        "pgd-100x10",
+    ]
     journal, limit = out.with_name("cut.json.partial"), time.monotonic() + SECONDS
     started = subprocess.Popen(
         [*map(str, command)],
