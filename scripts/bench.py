@@ -314,7 +314,7 @@ def main() -> None:
     parser.add_argument("--memory", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.float32:
-        device.fastest = lambda where: torch.float32
+        device.fastest = lambda device: torch.float32
     if options.memory:
         subject, contestant, n = options.memory
         find_peers(options.peers, {contestant} - {"robustkit"})
