@@ -257,11 +257,8 @@ def _runner(options: argparse.Namespace) -> Iterator[tuple[Runner, list[Hardware
     """
     from robustkit import scale
 
-    if options.dask is None and scale.world() > 1:
-        yield scale.ranks, []
-        return
     if options.dask is None:
-        with scale.forks() as runner:
+        with nullcontext(scale.ranks) if scale.world() > 1 else scale.forks() as runner:
             yield runner, []
         return
     if scale.world() > 1:

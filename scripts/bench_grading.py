@@ -36,7 +36,6 @@ from typing import Any
 import nbformat
 import psutil  # type: ignore[import-untyped]
 from nbformat import NotebookNode
-from nbgrader.api import Gradebook
 from nbgrader.apps.api import NbGraderAPI
 from sqlalchemy.exc import SAWarning
 from tqdm import tqdm
@@ -167,7 +166,7 @@ def hand_in(students: Mapping[str, NotebookNode], folder: Path) -> Path:
 
 def points_in(workspace: Workspace, students: Sequence[str]) -> dict[str, float]:
     """What the gradebook says of each; NaN for who is not in it."""
-    with Gradebook(workspace.gradebook_url, gradebook.COURSE_ID) as book:
+    with gradebook.opened(workspace) as book:
         entered = {each.student.id: float(each.score) for each in book.assignment_submissions(LESSON)}
     return {student: entered.get(student, math.nan) for student in students}
 
