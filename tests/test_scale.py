@@ -174,6 +174,11 @@ def test_forks_evaluate_side_by_side_to_what_one_thread_does(tmp_path):
     assert not any(psutil.pid_exists(worker) for worker in workers)
 
 
+def children() -> set[psutil.Process]:
+    """Of this process; earlier tests may have left some."""
+    return set(psutil.Process().children())
+
+
 def shared_out(work: Callable[[Job], list[int]], number: int) -> list[tuple[Job, list[int]]]:
     """`number` jobs of one row each, through forks of their own."""
     with scale.forks() as runner:
@@ -200,10 +205,10 @@ def test_forks_stay_for_the_same_work_and_make_room_for_other():
     def other(job: Job) -> list[int]:
         return [2, os.getpid()]
 
-    jobs = [Job("pgd", (row,)) for row in range(8)]
+    before, jobs = children(), [Job("pgd", (row,)) for row in range(8)]
     with threads(2), scale.forks() as runner:
         first, second, third = (list(runner(work, jobs)) for work in (one, one, other))
-        assert len(psutil.Process().children()) == 2
+        assert len(children() - before) == 2
     kinds, workers = (
         [{found[of] for _, found in done} for done in (first, second, third)] for of in range(2)
     )
@@ -226,12 +231,12 @@ def raising(error: Exception) -> Callable[[Job], list[int]]:
     "error", [RobustkitError("leave it out."), torch.OutOfMemoryError("too many")], ids=repr
 )
 def test_what_a_job_raises_is_raised_here_and_the_next_jobs_meet_no_old_answers(error):
-    work, jobs = raising(error), [Job("pgd", (row,)) for row in range(9)]
+    before, work, jobs = children(), raising(error), [Job("pgd", (row,)) for row in range(9)]
     with threads(2), scale.forks() as runner:
         with pytest.raises(type(error), match=str(error)):
             list(runner(work, jobs))
         assert sorted(runner(work, jobs[4:]), key=str) == [(job, list(job.rows)) for job in jobs[4:]]
-    assert psutil.Process().children() == []
+    assert children() == before
 
 
 def test_a_fork_that_is_killed_ends_the_evaluation_with_a_sentence():
@@ -240,9 +245,10 @@ def test_a_fork_that_is_killed_ends_the_evaluation_with_a_sentence():
             os.kill(os.getpid(), signal.SIGKILL)
         return list(job.rows)
 
+    before = children()
     with threads(2), pytest.raises(RobustkitError, match="was killed; see whether the machine has enough"):
         shared_out(work, 6)
-    assert psutil.Process().children() == []
+    assert children() == before
 
 
 @pytest.mark.slow
