@@ -859,7 +859,7 @@ def _changed(record):
     if record.certificate is None:
         return False
     label, radius = record.certificate
-    answers = {record.clean} | ({record.attacked} if record.size <= radius else set())
+    answers = {record.clean} | ({record.attacked} if record.size < radius else set())
     return bool(answers - {label, None})
 
 

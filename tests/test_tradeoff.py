@@ -11,6 +11,7 @@ from torch import nn
 
 from robustkit.certify.bounds import ibp_margins, proved
 from robustkit.contracts.tradeoff import (
+    _FLOOR,
     _OFFERS,
     ADMISSIBLE,
     COST,
@@ -85,8 +86,9 @@ def test_offers_differ_in_the_bound_where_they_agree_in_the_estimate():
         for _, clean, claims, *_ in _OFFERS
         for value in (clean, *(c[2] for c in claims))
     }
-    assert any(share.low < 0.8 < share.share for share in shares)
-    assert not any(abs(share.low - 0.8) < 0.01 for share in shares)
+    assert {share.share for share in shares if share.low < _FLOOR < share.share} == {0.82}
+    assert {share.share for share in shares if share.low == _FLOOR} == {0.836}
+    assert not any(0 < abs(share.low - _FLOOR) < 0.01 for share in shares)
 
 
 @pytest.mark.parametrize("contract", [ROUTE, ADMISSIBLE])

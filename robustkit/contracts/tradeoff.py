@@ -85,6 +85,7 @@ _ROWS = (
     (5, _T, _T, 0.9, _T, 1.0, False),  # a certificate of just this radius holds at this radius
     (4, _T, _T, 0.9, _T, 0.6, False),
     (3, _T, _A, 0.9, _T, 0.6, False),  # broken, and outside its radius: as it should be
+    (1, _T, _A, 0.6, _T, 0.6, False),  # broken at just its radius: no candidate is nearer
     (2, _T, _A, 0.5, _T, 0.8, True),  # broken inside a radius that does not reach eps
     (3, _T, _A, 0.7, _T, 1.3, True),
     (1, _T, None, 0.7, _T, 1.3, False),  # to abstain is no other class
@@ -369,16 +370,18 @@ COST = Contract(_COST, _draw_costs, _observe_costs, _judge_costs, hidden=("meet"
 # --- a paired comparison ------------------------------------------------------------------------------
 
 _PAIRED = ("difference", "interval", "p_value")
-_PAIRS = ("first", "second", "third", "same")
+_PAIRS = ("first", "second", "third", "far", "same")
 
 
 def _draw_verdicts(seed: int) -> Arrays:
-    """Verdicts of two defences that mostly fail on the same images, and two that agree on every one."""
+    """Verdicts of two defences that mostly fail on the same images; far apart; and the same on every image."""
     generator = seeded(seed, "verdicts")
     case: Arrays = {}
     for name in _PAIRS[:-1]:
         both, only_a = (int(torch.randint(*ends, (), generator=generator)) for ends in ((200, 280), (22, 40)))
         only_b = only_a - int(torch.randint(8, 18, (), generator=generator))
+        if name == "far":  # so that the square of the difference has its weight in the interval
+            both, only_a, only_b = both - 180, only_a + 180, only_b + 10
         kinds = np.repeat([3, 1, 2, 0], [both, only_a, only_b, 400 - both - only_a - only_b])
         kinds = kinds[_order(generator, 400)]
         case[f"{name}_a"], case[f"{name}_b"] = (kinds & 1).astype(bool), (kinds & 2).astype(bool)
@@ -456,17 +459,15 @@ PAIRED = Contract(_PAIRED, _draw_verdicts, _observe_paired, _judge_paired)
 
 _ADMISSIBLE = ("floors", "guarantee", "latency")
 _N = 500
-_GOOD, _THIN, _LOW = (
-    0.9,
-    0.82,
-    0.5,
-)  # shares of 500: above a floor of 0.8, above it in the estimate alone, below
-_FLOOR = 0.8
+# Shares of 500: above the floor, with the lower bound just on it, above it in the estimate alone, below.
+_GOOD, _JUST, _THIN, _LOW = 0.9, 0.836, 0.82, 0.5
+_FLOOR = Interval(round(_JUST * _N), _N).low
 # (criterion, clean, claims of (kind, eps in the needed eps, share), seconds in those allowed, fit with proof,
 # fit without)
 _OFFERS = (
     ("floors", _GOOD, (("certified", 1.0, _GOOD),), 0.5, True, True),
     ("floors", _GOOD, (("certified", 1.5, _GOOD), ("certified", 3.0, _LOW)), 0.5, True, True),
+    ("floors", _JUST, (("certified", 1.0, _JUST),), 0.5, True, True),
     ("floors", _THIN, (("certified", 1.0, _GOOD),), 0.5, False, False),
     ("floors", _GOOD, (("certified", 1.0, _THIN),), 0.5, False, False),
     ("floors", _LOW, (("certified", 1.0, _GOOD),), 0.5, False, False),
@@ -537,10 +538,10 @@ def _judge_admissible(case: Arrays, evidence: Arrays) -> list[Finding]:
             ]
             if wrong:
                 _, clean, claims, part, _, _ = _OFFERS[wrong[0]]
-                stated = ", ".join(f"{kind} {value:.0%} at {times:g} eps" for kind, times, value in claims)
+                stated = ", ".join(f"{kind} {value:.1%} at {times:g} eps" for kind, times, value in claims)
                 code = "WRONGLY_ADMITTED" if chosen[column, wrong[0]] else "WRONGLY_REFUSED"
-                offered = f"clean {clean:.0%}, {stated} (n={_N}), {part:g} of the time allowed"
-                hint = f"{proof}, floors {_FLOOR:.0%}: {offered}"
+                offered = f"clean {clean:.1%}, {stated} (n={_N}), {part:g} of the time allowed"
+                hint = f"{proof}, floors {_FLOOR:.1%}: {offered}"
                 found.append(Finding(criterion, code, hint))
                 break
     return found

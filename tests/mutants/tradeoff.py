@@ -114,6 +114,19 @@ def clean_answers_not_looked_at(records, eps):
 
 
 @mutant("sandwich", contradictions="FALSE_CONTRADICTION")
+def broken_at_just_the_radius(records, eps):
+    *counts, flagged = _right(records, eps)
+    at_the_edge = [
+        i
+        for i, r in enumerate(records)
+        if r.certificate is not None
+        and r.attacked not in (None, r.certificate[0])
+        and r.size == r.certificate[1]
+    ]
+    return *counts, flagged + at_the_edge
+
+
+@mutant("sandwich", contradictions="FALSE_CONTRADICTION")
 def every_broken_certificate(records, eps):
     flagged = [
         i
@@ -352,6 +365,12 @@ def ends_of_the_two_intervals(a, b):
 
 
 @mutant("paired", interval="WRONG_INTERVAL")
+def variance_about_zero(a, b):
+    difference, half = _difference(a, b), 1.96 * math.sqrt(int((a != b).sum())) / len(a)
+    return difference, difference - half, difference + half, _p(a, b)
+
+
+@mutant("paired", interval="WRONG_INTERVAL")
 def interval_around_zero(a, b):
     low, high = _interval(a, b)
     return _difference(a, b), low - _difference(a, b), high - _difference(a, b), _p(a, b)
@@ -436,6 +455,12 @@ def estimates_for_bounds(need, offers, d):
 @mutant("admissible", floors="WRONGLY_ADMITTED")
 def upper_bounds(need, offers, d):
     return [o.name for o in offers if _meets(need, o, d, low=lambda share: share.high)]
+
+
+@mutant("admissible", floors="WRONGLY_REFUSED")
+def more_than_the_floor(need, offers, d):
+    above = [o for o in offers if o.clean.low > need.clean]
+    return [o.name for o in above if _meets(need, o, d)]
 
 
 @mutant("admissible", floors="WRONGLY_ADMITTED")
