@@ -719,9 +719,9 @@ def log_read_row_by_row(rows, sigma, n, alpha):
                 faults[i] = "abstained"
         elif correct != (prediction == label):
             faults[i] = "verdict"
-        elif radius > _largest(sigma, n, alpha) + 2e-6:
+        elif radius > _largest(sigma, n, alpha) + 1e-5:
             faults[i] = "bound"
-        elif min(abs(radius - possible) for possible in radii) > 2e-6:
+        elif min(abs(radius - possible) for possible in radii) > 1e-5:
             faults[i] = "votes"
         seen.add(index)
     return faults
@@ -748,7 +748,7 @@ def log_read_backwards(rows, sigma, n, alpha):
             faults[i] = "verdict"
         elif radius - 1e-5 > _largest(sigma, n, alpha):
             faults[i] = "bound"
-        elif prediction != -1 and off > 5e-6:
+        elif prediction != -1 and off > 1e-5:
             faults[i] = "votes"
         elif index in {row[0] for row in rows[:i]}:
             faults[i] = "repeated"
@@ -2117,7 +2117,7 @@ def only_what_is_wrong(pod, digest):
     own["capabilities"] = {"drop": ["ALL"], "add": []}
     own["seccompProfile"] = {"type": "RuntimeDefault"}
     own["readOnlyRootFilesystem"] = True
-    spec |= {"hostNetwork": False, "hostPID": False, "automountServiceAccountToken": False}
+    spec |= dict.fromkeys(("hostNetwork", "hostPID", "hostIPC", "automountServiceAccountToken"), False)
     for mount in container["volumeMounts"]:
         if mount["name"] == "models":
             mount["readOnly"] = True

@@ -50,18 +50,21 @@ def _draw_log(seed: int) -> Arrays:
     label = chosen(0, 10)
     prediction, radius = label.copy(), possible[chosen(len(possible) // 3, len(possible))]
     # The first half is honest, and holds what only looks odd: a wrong class with a large radius, an honest
-    # abstention, a radius at the bound. Copies of its rows are repeated in the second half.
+    # abstention, a radius at the bound, radii that rounding moved by less than the tolerance. Copies of its
+    # rows are repeated in the second half.
     prediction[:3] = (label[:3] + 1) % 10
     prediction[3:6], radius[3:6], radius[6:9] = ABSTAIN, 0.0, possible[-1]
+    radius[8:10] += 0.7 * TOLERANCE
     correct = (prediction == label).astype(np.int64)
     order = torch.randperm(_ROWS // 2, generator=generator).numpy()
     for values in (prediction, radius, correct, label):
         values[: _ROWS // 2] = values[: _ROWS // 2][order]
     faulty = _ROWS // 2 + torch.randperm(_ROWS // 2, generator=generator).numpy()[: _EACH * len(FAULTS)]
     bound, votes, abstained, verdict, repeated = faulty.reshape(len(FAULTS), _EACH)
-    radius[bound] = possible[-1] * np.array([1.01, 1.05, 1.2])
+    radius[bound] = possible[-1] * np.array([1.01, 1.2, 1.0]) + np.array([0, 0, 1.5 * TOLERANCE])
     steps = chosen(len(possible) // 3, len(possible) - 1, _EACH)
     radius[votes] = possible[steps] + 0.4 * (possible[steps + 1] - possible[steps])
+    radius[votes[0]] = possible[steps[0]] + 1.5 * TOLERANCE
     prediction[abstained] = ABSTAIN
     radius[abstained[0]], correct[abstained] = 0.0, (1, 0, 1)
     correct[verdict[0]], prediction[verdict[1:]] = 0, (label[verdict[1:]] + 1) % 10

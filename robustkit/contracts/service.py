@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -394,9 +395,13 @@ def _judge_limits(case: Arrays, evidence: Arrays) -> list[Finding]:
     chosen, limit = rows[:_LIMITS, 0], case["limit"][:_LIMITS]
     span = (case["high"] - case["low"])[:_LIMITS]
     apart = np.abs(chosen - limit) / span
+    left = _PROBES - rows[:_LIMITS, 1].min()
     if apart.max() > 1 / 200:
         hint = f"one answer is {apart.max():.1%} of the range away from the limit; {_PROBES} halvings come nearer"
         found.append(Finding("close", "NOT_CLOSE", hint))
+    elif left > 0:
+        hint = f"{left:g} of {_PROBES} queries are left, and each would halve what is not known yet"
+        found.append(Finding("close", "QUERIES_LEFT", hint))
     if (chosen < limit).any() or not rows[:_LIMITS, 2].all():
         hint = "the answer must be a size that you have seen pass, not one beside it"
         found.append(Finding("passed", "NOT_SEEN_TO_PASS", hint))
@@ -415,6 +420,9 @@ EVASION = Contract(_EVASION, _draw_limits, _observe_limits, _judge_limits, essen
 
 _POD = ("identity", "isolation", "filesystem", "limits", "supply", "works")
 _PODS = 4
+_QUANTITY = re.compile(
+    r"(?=.*[1-9])\d+(\.\d+)?(m|[kMGTPE]|[KMGTPE]i|e\d+)?"
+)  # "500m", "1Gi"; none is no limit
 
 
 def _hardened(digest: str) -> dict[str, Any]:
@@ -477,6 +485,7 @@ def _mistakes(pod: dict[str, Any]) -> list[tuple[Any, str, Any]]:
         (secure, "seccompProfile", {"type": "Unconfined"}),
         (spec, "hostNetwork", True),
         (spec, "hostPID", True),
+        (spec, "hostIPC", True),
         (spec, "automountServiceAccountToken", None),
         (secure, "readOnlyRootFilesystem", None),
         (container["volumeMounts"][0], "readOnly", None),
@@ -556,7 +565,8 @@ def _faults(pod: Mapping[str, Any], digest: str) -> dict[str, str]:
         (
             "limits",
             "one request can take the node: cpu, memory and ephemeral-storage need limits",
-            all(limits.get(name) for name in ("cpu", "memory", "ephemeral-storage")),
+            {"cpu", "memory", "ephemeral-storage"} <= limits.keys()
+            and all(_QUANTITY.fullmatch(str(value)) for value in limits.values()),
         ),
         (
             "supply",

@@ -247,6 +247,11 @@ def every_twelfth(passes, low, high, queries):
     return min(passing, default=None)
 
 
+@mutant("evasion", close="QUERIES_LEFT")
+def one_query_fewer(passes, low, high, queries):
+    return _halved(passes, low, high, queries - 1)
+
+
 @mutant("evasion", passed="NOT_SEEN_TO_PASS")
 def lower_end(passes, low, high, queries):
     """The largest size that was rejected."""
@@ -312,6 +317,21 @@ def _pod(pod, digest, leave_out=(), copied=True):
     if "supply" not in leave_out:
         container["image"] = f"{container['image'].split('@')[0].rsplit(':', 1)[0]}@sha256:{digest}"
     return pod
+
+
+@mutant("pod", isolation="STILL_OPEN")
+def shares_memory_with_the_host(pod, digest):
+    kept = {key: pod["spec"][key] for key in ("hostIPC",) if key in pod["spec"]}
+    hardened = _pod(pod, digest)
+    hardened["spec"] |= kept
+    return hardened
+
+
+@mutant("pod", limits="STILL_OPEN")
+def limits_in_words(pod, digest):
+    hardened = _pod(pod, digest)
+    hardened["spec"]["containers"][0]["resources"]["limits"]["memory"] = "little"
+    return hardened
 
 
 for _part in ("identity", "isolation", "filesystem", "limits", "supply"):
