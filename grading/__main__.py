@@ -202,22 +202,34 @@ def _class(arguments: argparse.Namespace) -> int:
 
 
 def _mutate(arguments: argparse.Namespace) -> int:
-    from grading import mutate
+    from grading import build, mutate
     from grading.judge import find_lesson
 
-    lesson = find_lesson(arguments.lesson)
-    verdicts = mutate.mutate(
-        repository(),
-        lesson,
-        arguments.journal or Path("runs", "mutate", f"{lesson.id}.jsonl"),
-        exercises=arguments.exercise,
-        sample=arguments.sample,
-        seed=arguments.seed,
-        jobs=arguments.jobs,
-        sandbox=arguments.sandbox,
+    workspace = repository()
+    lessons = [find_lesson(name) for name in arguments.lessons or build.standing(workspace)]
+    verdicts = [
+        mutate.mutate(
+            workspace,
+            lesson,
+            arguments.journals / f"{lesson.id}.jsonl",
+            exercises=arguments.exercise,
+            sample=arguments.sample,
+            seed=arguments.seed,
+            jobs=arguments.jobs,
+            sandbox=arguments.sandbox,
+        )
+        for lesson in lessons
+    ]
+    by_lesson = list(zip(lessons, verdicts, strict=True))
+    if arguments.table:
+        arguments.table.write_text(mutate.table(by_lesson), encoding="utf-8")
+    _report(
+        arguments,
+        [asdict(verdict) for found in verdicts for verdict in found],
+        [line for lesson, found in by_lesson for line in mutate.report(found, lesson)],
     )
-    _report(arguments, [asdict(verdict) for verdict in verdicts], mutate.report(verdicts, lesson))
-    return 0 if mutate.kills(verdicts, lesson.id).share.share >= mutate.LEAST else 1
+    enough = (mutate.kills(found, lesson.id).share.share >= mutate.LEAST for lesson, found in by_lesson)
+    return 0 if all(enough) else 1
 
 
 def _demo(arguments: argparse.Namespace) -> int:
@@ -373,11 +385,11 @@ def _parser() -> argparse.ArgumentParser:
     mutate = hop(
         "mutate",
         _mutate,
-        "Grade mutants of a lesson's reference solution: how many of them lose points, and which do not. "
-        "Exit 1 when fewer than 95 % do. Stopped, it goes on where it was.",
+        "Grade mutants of the lessons' reference solutions: how many of them lose points, and which do not. "
+        "Exit 1 when fewer than 95 % of a lesson's do. Stopped, it goes on where it was.",
         "mutate 00-start-here --jobs 2",
     )
-    mutate.add_argument("lesson", metavar="LESSON")
+    mutate.add_argument("lessons", nargs="*", metavar="LESSON", help="default: every lesson that stands")
     mutate.add_argument(
         "--exercise", action="append", default=[], metavar="ID", help="only this one; may be repeated"
     )
@@ -386,7 +398,16 @@ def _parser() -> argparse.ArgumentParser:
     mutate.add_argument(
         "--jobs", type=int, default=1, metavar="N", help="kernels at once (default: %(default)s)"
     )
-    mutate.add_argument("--journal", type=Path, help="default: runs/mutate/LESSON.jsonl")
+    mutate.add_argument(
+        "--journals",
+        type=Path,
+        default=Path("runs", "mutate"),
+        metavar="FOLDER",
+        help="what has been graded, a file for each lesson (default: %(default)s)",
+    )
+    mutate.add_argument(
+        "--table", type=Path, metavar="FILE", help="write a Markdown table of what was killed"
+    )
     mutate.add_argument("--sandbox", default="auto", metavar="TIER", help="default: %(default)s")
 
     demo = hop(

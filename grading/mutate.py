@@ -27,6 +27,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
+from datetime import date
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
@@ -93,9 +94,12 @@ class Kills:
     def share(self) -> Interval:
         return Interval(self.killed, self.killed + self.survived)
 
+    @property
+    def shown(self) -> str:
+        return str(self.share) if self.killed + self.survived else "no mutants"
+
     def __str__(self) -> str:
-        shown = str(self.share) if self.killed + self.survived else "no mutants"
-        return f"{self.name}: {shown} killed, {self.survived} survived, {self.equivalent} equivalent"
+        return f"{self.name}: {self.shown} killed, {self.survived} survived, {self.equivalent} equivalent"
 
 
 def mutate(
@@ -128,7 +132,11 @@ def mutate(
     with (
         ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool,
         tqdm(
-            total=len(chosen), initial=len(chosen) - sum(map(len, batches)), unit="mutant", file=sys.stderr
+            total=len(chosen),
+            initial=len(chosen) - sum(map(len, batches)),
+            desc=lesson.id,
+            unit="mutant",
+            file=sys.stderr,
         ) as bar,
         journal.open("a", encoding="utf-8") as file,
     ):
@@ -152,13 +160,40 @@ def kills(verdicts: Sequence[Verdict], name: str) -> Kills:
 
 def report(verdicts: Sequence[Verdict], lesson: Lesson) -> list[str]:
     """A line for each exercise and for the lesson, then every survivor as a diff."""
-    by_exercise = [
+    survivors = [f"\nsurvived in {v.exercise} ({v.operator}):\n{v.diff}" for v in verdicts if v.survived]
+    return [*map(str, _by_exercise(verdicts, lesson)), str(kills(verdicts, lesson.id)), *survivors]
+
+
+def table(graded: Sequence[tuple[Lesson, Sequence[Verdict]]]) -> str:
+    """The same of several lessons as a page of Markdown."""
+    verdicts = [verdict for _, found in graded for verdict in found]
+    whole = kills(verdicts, "all lessons")
+    lines = [
+        "# Mutants of the reference solutions",
+        "",
+        f"Written by `make mutate` on {date.today()}: {len(verdicts)} solutions with one change each, graded the whole "
+        f"way of a submission in the smoke tier. {whole.equivalent} of them change nothing that the exercise asks for; "
+        "they stand with their reasons in [grading/equivalent.toml](../grading/equivalent.toml). Of the others "
+        f"{whole.shown} lost points.",
+        "",
+        "| lesson | exercise | killed, 95 % interval | survived | equivalent |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for lesson, found in graded:
+        for row in (*_by_exercise(found, lesson), kills(found, "**all**")):
+            lines.append(f"| {lesson.id} | {row.name} | {row.shown} | {row.survived} | {row.equivalent} |")
+    for verdict in verdicts:
+        if verdict.survived:
+            lines += ["", f"Survived in `{verdict.exercise}`:", "", "```diff", verdict.diff.strip(), "```"]
+    return "\n".join(lines) + "\n"
+
+
+def _by_exercise(verdicts: Sequence[Verdict], lesson: Lesson) -> list[Kills]:
+    return [
         kills(own, exercise.title)
         for exercise in lesson.exercises
         if (own := [v for v in verdicts if v.exercise == exercise.id])
     ]
-    survivors = [f"\nsurvived in {v.exercise} ({v.operator}):\n{v.diff}" for v in verdicts if v.survived]
-    return [*map(str, by_exercise), str(kills(verdicts, lesson.id)), *survivors]
 
 
 # --- submissions ----------------------------------------------------------------------------------------

@@ -181,7 +181,7 @@ def test_a_sample_of_lesson_0_is_killed_alone_and_together_and_not_graded_twice(
 
 
 def test_a_check_that_sees_nothing_is_seen(monkeypatch):
-    """The wrong grader: a judge without findings lets every mutant live, and the report shows it as a diff."""
+    """The wrong grader: a judge without findings lets every mutant live; report and table show it as a diff."""
     blind = dataclasses.replace(CONTRACTS["distance"], judge=lambda case, evidence: [])
     monkeypatch.setitem(CONTRACTS, "distance", blind)
     exercise = FIRST.exercise("s0_distance_check")
@@ -193,6 +193,9 @@ def test_a_check_that_sees_nothing_is_seen(monkeypatch):
     lines = mutate.report(verdicts, FIRST)
     assert lines[0].startswith("Distances: 0.0 %")
     assert "amin(1)" in lines[-1]
+    page = mutate.table([(FIRST, verdicts)])
+    assert "| 00-start-here | Distances | 0.0 % [0.0, 79.3] (n=1) | 1 | 0 |" in page
+    assert f"```diff\n{mutant.diff.strip()}\n```" in page
 
 
 def test_a_reference_that_loses_points_is_told_first():
