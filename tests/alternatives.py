@@ -1685,11 +1685,11 @@ def family_by_rules(m):
 @right("family")
 def family_by_what_is_left(m):
     near = m.bound < 0.5 or m.ratio < 0.7
-    if m.linf == 0:
+    if m.linf < 2 / 255:
         return "repeated"
     if not near and m.window > 0.6:
         return "unrelated"
-    noise = "lp" if m.queries < 8 else "query sequence"
+    noise = "lp" if m.queries < 5 else "query sequence"
     return "patch" if m.window < 0.6 else "rotation-translation" if m.explained > 0.5 else noise
 
 
@@ -1699,7 +1699,7 @@ def family_by_table(m):
         "repeated": m.linf < 0.005,
         "patch": m.window < 0.4,
         "rotation-translation": m.explained > 0.87,
-        "query sequence": m.queries >= 10 and (m.bound < 0.5 or m.ratio < 0.8),
+        "query sequence": m.queries > 4 and (m.bound < 0.5 or m.ratio < 0.8),
         "lp": m.bound < 0.5 or m.ratio < 0.8,
     }
     return next((name for name, holds in table.items() if holds), "unrelated")
@@ -1833,7 +1833,7 @@ def response_that_waits_and_learns(report, memory):
             actions.append(("close",))
         return actions
     if report.bridge <= 2:
-        actions.append(("bridge", 45))
+        actions.append(("bridge", 12))
     loud = [
         account for account, seen in rates.items() if np.mean(seen[-3:]) > 4 and account in report.flagged
     ]
@@ -1841,13 +1841,18 @@ def response_that_waits_and_learns(report, memory):
     memory["done"] += loud
     found = report.triage
     if "families" not in memory:
-        if found is None or found.votes is None or found.votes.low < 0.55:
+        if (
+            found is None
+            or found.votes is None
+            or found.votes.low < 0.55
+            or abs(found.outside.share - 0.5) < 0.3
+        ):
             return [*actions, ("snapshot",), ("triage",)]
         family = found.family
         actions.append(("diagnose", family, "novel family" if found.outside.share > 0.5 else "overfitted"))
-        memory["families"] = [*dict.fromkeys(["Linf", family])]
+        memory["families"], memory["looked"] = [*dict.fromkeys(["Linf", family])], len(report.candidates)
         return [*actions, ("retrain", memory["families"])]
-    if len(report.candidates) > memory.get("looked", 0):
+    if len(report.candidates) > memory["looked"]:
         memory["looked"] = len(report.candidates)
         newest = report.candidates[-1]
         if all(share.low >= floor for share, floor in newest.bars.values()):
@@ -1871,7 +1876,7 @@ def response_by_a_plan(report, memory):
         if not wrong:
             return [("stand down",)]
         memory["start"] = minute
-        return [("snapshot",), ("contain",), ("bridge", 60), ("triage",)]
+        return [("snapshot",), ("contain",), ("bridge", 10), ("triage",)]
     if report.state == "contain":
         plan = [
             ("throttle", account)
@@ -1879,8 +1884,8 @@ def response_by_a_plan(report, memory):
             if k > 4 and minute < memory["start"] + 6
         ]
         since = minute - memory["start"]
-        if since == 50:
-            plan.append(("bridge", 60))
+        if since % 10 == 9:
+            plan.append(("bridge", 15))
         if since < 12 and since % 4 == 0:
             plan += [("snapshot",), ("triage",)]
         if since == 14:
@@ -1895,7 +1900,7 @@ def response_by_a_plan(report, memory):
                 return [*plan, ("canary", candidate.number)]
         return plan
     if report.state == "recover":
-        return [("promote", 1)] if minute > memory["canary"] + CANARY else []
+        return [("promote", len(report.candidates))] if minute > memory["canary"] + CANARY else []
     memory["over"] = True
     return [("close",)]
 

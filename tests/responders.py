@@ -14,9 +14,9 @@ def perfect(report, memory):
     if "contained" not in memory:
         return actions
     if report.minute == memory["contained"] + 3:
-        actions.append(("bridge", 60))
+        actions.append(("bridge", 15))
     if report.state == "contain" and report.bridge == 1:
-        actions.append(("bridge", 60))
+        actions.append(("bridge", 15))
     if report.minute <= memory["contained"] + 8:
         actions += [("throttle", account) for account, k in report.flagged.items() if k >= 5]
     diagnosis = report.triage
@@ -74,7 +74,7 @@ def panicking(report, memory):
     if report.state == "normal" and max(report.flagged.values(), default=0) >= 5:
         actions += [("suspect",), ("contain",), ("snapshot",), ("retrain", list(FAMILIES[1:]))]
         actions += [("throttle", account) for account in report.flagged]
-    if report.candidates and report.state == "contain":
+    if len(report.candidates) > 1 and report.state == "contain":
         actions.append(("canary", report.candidates[-1].number))
     if report.state == "recover":
         actions.append(("promote", report.candidates[-1].number))

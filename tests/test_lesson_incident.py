@@ -34,16 +34,18 @@ def test_responders_rank_as_they_must(seed):
 
 
 def test_incidents_differ_in_what_matters():
-    cases = [response.draw(seed) for seed in range(40)]
-    assert {int(case["leading"]) for case in cases} == {0, 2, 3}
+    drawn = [response.recordings(response.draw(seed)) for seed in range(40)]
+    for recorded in drawn:
+        assert [response.FAMILIES[int(one["leading"])] for one in recorded] == list(response.ATTACKING)
+    cases = [one for recorded in drawn for one in recorded]
     assert len({int(case["onset"]) for case in cases}) > 5
     assert len({tuple(np.flatnonzero(case["attackers"])) for case in cases}) > 30
     for case in cases:
         onset, guilty = int(case["onset"]), case["attackers"]
         audits = [[Interval(int(k), response.AUDITED) for k in row] for row in case["audits"]]
-        # What a sound decision rests on is there: never a minute of wrong answers before, always after.
+        # What a sound decision rests on is there: never a minute of wrong answers before, and at once after.
         assert all(row[0].high > 0.9 for row in audits[:onset])
-        assert all(row[0].high < 0.9 for row in audits[onset:])
+        assert any(row[0].high < 0.9 for row in audits[onset : onset + 2])
         assert case["flagged"][:onset].max() >= 10  # the user who retries is louder than any attacker
         assert case["flagged"][onset:, guilty].min() >= 5
         assert case["flagged"][onset:, ~guilty].max() < 5
@@ -54,8 +56,8 @@ def test_incidents_differ_in_what_matters():
 
 
 def test_the_gate_of_a_replay_passes_three_families_with_the_old_and_the_new():
-    for seed in range(20):
-        case = response.draw(seed)
+    for seed, leading in itertools.product(range(10), response.ATTACKING):
+        case = response.recording(seed, leading)
         family, replay = int(case["leading"]), response.Replay(case)
         replay.candidates = list(range(1, 16))
         for number, chosen in enumerate(replay.candidates, 1):
@@ -77,7 +79,9 @@ def test_the_replay_moves_as_the_incident_machine_does():
     legal = {(before.value, after.value) for before, to in incident.NEXT.items() for after in to}
     assert set(moves.values()) <= legal
     for action, state in itertools.product(moves, incident.State):
-        replay = response.Replay(response.draw(0), state=state.value, candidates=[7], serving_candidate=1)
+        replay = response.Replay(
+            response.recording(0, "patch"), state=state.value, candidates=[7], serving_candidate=1
+        )
         refused = replay.act(30, action, 1)
         wanted = (state.value, moves[action][1])
         assert (refused is None) == (
@@ -102,7 +106,7 @@ def test_decisions_that_are_none_are_refused_and_told():
             ("triage",),
         ]
 
-    assert response.replayed(response.draw(0), odd).shape[1] == 3
+    assert response.replayed(response.recording(0, "patch"), odd).shape[1] == 3
     assert any("('dance',) is no action" in one for one in told)
     assert any("bridge: the incident is in normal" in one for one in told)
     assert any("there is no snapshot" in one for one in told)
@@ -116,14 +120,17 @@ def test_forged_decisions_earn_nothing(decisions):
     from robustkit.contracts import judge_safely
 
     contract = CONTRACTS["response"]
-    found = judge_safely(contract, contract.draw(1), {"decisions": decisions})
+    case = contract.draw(1)
+    forged = contract.observe(responders.perfect, case) | {"decisions_1": decisions}
+    found = judge_safely(contract, case, forged)
     assert {finding.criterion for finding in found} == set(contract.criteria)
 
 
 def test_the_attacker_is_not_in_the_case_that_the_kernel_sees():
     contract = CONTRACTS["response"]
     given = contract.given(contract.draw(0))
-    assert not {"onset", "attackers"} & given.keys()
+    assert not [name for name in given if name.startswith(("onset", "attackers"))]
+    assert len([name for name in given if name.startswith("flagged")]) == 3
 
 
 def solved(wrong):
@@ -173,10 +180,9 @@ def test_answers_through_sandbox_and_judge(tmp_path, wrong):
     assert lost == {exercise: costs for exercise, (_, costs) in wrong.items()}
 
 
-def cause_given(known):
+def cause_given(known, family):
     """Names what the recording will show, in the first minute in which triage says this much about it."""
-    case = response.draw(5)
-    family = response.FAMILIES[int(case["leading"])]
+    case = response.recording(5, family)
     cause = "overfitted" if family == "Linf" else "novel family"
 
     def respond(report, memory):
@@ -186,11 +192,12 @@ def cause_given(known):
             return [("diagnose", family, cause)]
         return [("snapshot",), ("triage",)] if report.minute >= case["onset"] else []
 
-    evidence = {"decisions": response.replayed(case, respond)}
-    return {finding.code for finding in response.judge(case, evidence) if finding.criterion == "cause"}
+    found = response.judge_recording(case, response.replayed(case, respond))
+    return {finding.code for finding in found if finding.criterion == "cause"}
 
 
-def test_a_right_guess_is_a_guess_until_the_votes_carry_it():
-    assert cause_given(lambda votes: True) == {"CAUSE_GUESSED"}
-    assert cause_given(lambda votes: votes is not None and votes.low <= 0.5) == {"CAUSE_GUESSED"}
-    assert cause_given(lambda votes: votes is not None and votes.low > 0.5) == set()
+@pytest.mark.parametrize("family", response.ATTACKING)
+def test_a_right_guess_is_a_guess_until_the_votes_carry_it(family):
+    assert cause_given(lambda votes: True, family) == {"CAUSE_GUESSED"}
+    assert cause_given(lambda votes: votes is not None and votes.low <= 0.5, family) == {"CAUSE_GUESSED"}
+    assert cause_given(lambda votes: votes is not None and votes.low > 0.5, family) == set()

@@ -1,13 +1,14 @@
-"""The contract of responding to an incident: decisions, their order and their timing, on a replayed hour and a half.
+"""The contract of responding to incidents: decisions, their order and their timing, each on a replayed hour and a half.
 
 A responder is asked once a minute. What it sees follows from the recording and from what it did before; the
-judge plays its decisions against the recording again, and alone knows who attacked, when, and how.
+judge plays its decisions against the recording again, and alone knows who attacked, when, and how. A case holds one
+recording of each family that may attack.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,11 +18,13 @@ from robustkit.device import seeded
 from robustkit.results import Interval
 
 MINUTES, ACCOUNTS = 100, 24
-TRIAGE, TRAINING, LONGEST_BRIDGE = 3, 15, 60  # minutes: until a result, until a candidate, of an ensemble
+TRIAGE, TRAINING, LONGEST_BRIDGE = 3, 15, 15  # minutes: until a result, until a candidate, of an ensemble
 IN_TIME, SOON, CANARY = 6, 10, 10  # minutes to contain; to bridge; of a canary before it is promoted
 FAMILIES = ("Linf", "L2", "rotation-translation", "patch")
 CAUSES = ("novel family", "overfitted")
 TRAINED = ("Linf",)  # what the champion was trained against
+ATTACKING = ("Linf", "rotation-translation", "patch")  # the family of each recording of a case
+EARLIER = 0b0011  # candidate 1 is there before the incident: the set of Linf and L2
 BARS = ("clean", "worst", "held out", "adaptive")
 AUDITED = 60  # answers that people check, each minute
 
@@ -76,8 +79,27 @@ class Report(NamedTuple):
 
 
 def draw(seed: int) -> Arrays:
-    """One recorded incident: a user who retries a photo early on, then an attack by a family that is drawn."""
-    generator = np.random.default_rng(seeded(seed, "incident").initial_seed() % 2**32)
+    """A recorded incident of each family, as arrays numbered by the family's place in ATTACKING."""
+    return {
+        f"{name}_{i}": array
+        for i, family in enumerate(ATTACKING)
+        for name, array in recording(seed, family).items()
+    }
+
+
+def recordings(case: Arrays) -> list[Arrays]:
+    return [
+        {name.removesuffix(f"_{i}"): array for name, array in case.items() if name.endswith(f"_{i}")}
+        for i in range(len(ATTACKING))
+    ]
+
+
+def recording(seed: int, leading: str) -> Arrays:
+    """One incident: a user who retries a photo early on, then an attack by this family.
+
+    An attack of the trained family that works says that the training was overfitted; any other is novel.
+    """
+    generator = np.random.default_rng(seeded(seed, f"incident {leading}").initial_seed() % 2**32)
     onset, burst = int(generator.integers(22, 31)), int(generator.integers(6, 12))
     order = generator.permutation(ACCOUNTS)
     attackers, retrying, heavy = order[:5], order[5], order[6]
@@ -88,18 +110,20 @@ def draw(seed: int) -> Arrays:
     rates = np.full((MINUTES, len(_AUDITS)), 0.97)
     rates[onset:] = (0.62, 0.86, 0.92, 0.96, 0.72)
     audits = generator.binomial(AUDITED, rates)
-    family = int(generator.choice((0, 2, 3)))
-    outside = family != 0  # an attack of the trained family that works: the training was overfitted
+    family = FAMILIES.index(leading)
     held = np.maximum(np.arange(MINUTES) - onset + 1, 0)
     attacks = np.minimum(2 * held, 40)
-    votes = (0.9 * attacks).round().astype(np.int64)
-    beyond = (np.where(outside, 0.95, 0.05) * attacks).round().astype(np.int64)
+    # The votes are settled by minute 6 of the attack, what lies outside appears so before, is in doubt at that
+    # time, and stays settled from minute 9: who looks at one of the two, or at estimates, decides too early.
+    novel = leading not in TRAINED
+    share_of_votes = np.where(held < 6, 0.6, 0.9)
+    share_beyond = np.where(held < 6, novel, np.where(held < 9, 0.5, 0.85 if novel else 0.15))
     return {
         "flagged": flagged,
         "audits": audits,
         "attacks": attacks,
-        "votes": votes,
-        "beyond": beyond,
+        "votes": (share_of_votes * attacks).round().astype(np.int64),
+        "beyond": (share_beyond * attacks).round().astype(np.int64),
         "leading": np.int64(family),
         "gates": _gates(family, generator),
         "onset": np.int64(onset),
@@ -115,7 +139,8 @@ def _gates(family: int, generator: np.random.Generator) -> Array:
     rows = np.zeros((2 ** len(FAMILIES), len(BARS)), dtype=np.int64)
     for number in range(len(rows)):
         chosen = [bool(number >> bit & 1) for bit in range(len(FAMILIES))]
-        old_and_new = chosen[0] and chosen[family]
+        # The earlier candidate was attacked by what was known when it was trained.
+        old_and_new = number == EARLIER or (chosen[0] and chosen[family])
         shares = (
             0.985,
             0.68 if old_and_new else 0.05,
@@ -146,7 +171,7 @@ class Replay:
     triage_due: int = -1
     retrain_due: int = -1
     training: int = 0
-    candidates: list[int] = field(default_factory=list)  # sets of families, by number from 1
+    candidates: list[int] = field(default_factory=lambda: [EARLIER])  # sets of families, by number from 1
     refused: tuple[str, ...] = ()
 
     def tick(self, minute: int) -> Report:
@@ -250,7 +275,7 @@ def encoded(action: Any) -> tuple[int, int]:
 
 
 def replayed(case: Arrays, respond: Any) -> Array:
-    """The decisions of a responder, as rows (minute, action, argument). Shapes: -> int64 (n, 3)."""
+    """A responder's decisions on one recording, as rows (minute, action, argument). Shapes: -> int64 (n, 3)."""
     replay, rows = Replay(case), []
     memory: dict[Any, Any] = {}
     for minute in range(MINUTES):
@@ -269,7 +294,7 @@ def replayed(case: Arrays, respond: Any) -> Array:
 
 
 def observe(respond: Any, case: Arrays) -> Arrays:
-    return {"decisions": replayed(case, respond)}
+    return {f"decisions_{i}": replayed(one, respond) for i, one in enumerate(recordings(case))}
 
 
 # --- judging -----------------------------------------------------------------------------------------
@@ -310,10 +335,19 @@ def course(case: Arrays, decisions: Sequence[Sequence[int]]) -> Course:
 
 
 def judge(case: Arrays, evidence: Arrays) -> list[Finding]:
-    decisions = evidence["decisions"]
-    if decisions.ndim != 2 or decisions.shape[1] != 3 or len(decisions) > 100 * MINUTES:
-        raise ValueError("one row of three numbers for each decision")
-    onset, told = int(case["onset"]), course(case, decisions.astype(np.int64).tolist())
+    found: dict[str, Finding] = {}
+    for i, one in enumerate(recordings(case)):
+        decisions = evidence[f"decisions_{i}"]
+        if decisions.ndim != 2 or decisions.shape[1] != 3 or len(decisions) > 100 * MINUTES:
+            raise ValueError("one row of three numbers for each decision")
+        for finding in judge_recording(one, decisions.astype(np.int64)):
+            told = replace(finding, hint=f"{finding.hint} (the incident by {ATTACKING[i]})")
+            found.setdefault(finding.criterion, told)
+    return list(found.values())
+
+
+def judge_recording(case: Arrays, decisions: Array) -> list[Finding]:
+    onset, told = int(case["onset"]), course(case, decisions.tolist())
     contained = [minute for minute, _ in told.of("contain")]
     answered = next((minute for minute in contained if minute >= onset), None)
     judged = (
@@ -326,7 +360,7 @@ def judge(case: Arrays, evidence: Arrays) -> list[Finding]:
         ("gate", _gate(told)),
         ("order", _order(told)),
     )
-    return [Finding(criterion, *found) for criterion, found in judged if found]
+    return [Finding(criterion, *lost) for criterion, lost in judged if lost]
 
 
 _Lost = tuple[str, str] | None
@@ -433,5 +467,5 @@ RESPONSE = Contract(
     draw,
     observe,
     judge,
-    hidden=("onset", "attackers"),
+    hidden=tuple(f"{name}_{i}" for name in ("onset", "attackers") for i in range(len(ATTACKING))),
 )

@@ -361,22 +361,35 @@ declare(
 def promotes_what_failed_by_little(report, memory):
     """Two families, and 52 % of 50 % needed looks like enough."""
     if report.state == "recover":
-        return [("promote", 1)] if report.minute >= memory["canary"] + 10 else []
+        return [("promote", 2)] if report.minute >= memory["canary"] + 10 else []
     actions = [action for action in responders.perfect(report, memory) if action[0] != "retrain"]
     if "cause" in memory and "family" not in memory:
         memory["family"] = report.triage.family
         mix = dict.fromkeys(("Linf", memory["family"], "L2"))
         actions.append(("retrain", list(mix)[:2]))
-    if report.candidates and report.state == "contain":
+    if len(report.candidates) > 1 and report.state == "contain":
+        memory["canary"] = report.minute
+        actions.append(("canary", 2))
+    return actions
+
+
+@mutant("response", gate="FAILED_BAR_SERVED", mix="NOT_DIVERSE", bridge="NO_BRIDGE")
+def takes_what_is_there_by_its_shares(report, memory):
+    """Last week's candidate, which passes every bar by the estimate."""
+    during = report._replace(state="contain" if report.state == "recover" else report.state)
+    actions = [a for a in responders.perfect(during, memory) if a[0] not in ("canary", "promote")]
+    if report.state == "contain":
         memory["canary"] = report.minute
         actions.append(("canary", 1))
+    if report.state == "recover" and report.minute >= memory["canary"] + 10:
+        actions.append(("promote", 1))
     return actions
 
 
 @mutant("response", order="CANARY_TOO_SHORT")
 def canary_of_a_minute(report, memory):
     if report.state == "recover":
-        return [("promote", 1)]
+        return [("promote", 2)]
     return responders.perfect(report, memory)
 
 
