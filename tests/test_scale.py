@@ -175,7 +175,7 @@ def test_forks_evaluate_side_by_side_to_what_one_thread_does(tmp_path):
 
 
 def children() -> set[psutil.Process]:
-    """Of this process; earlier tests may have left some."""
+    """Of this process; earlier tests may have left some, which may end meanwhile."""
     return set(psutil.Process().children())
 
 
@@ -236,7 +236,7 @@ def test_what_a_job_raises_is_raised_here_and_the_next_jobs_meet_no_old_answers(
         with pytest.raises(type(error), match=str(error)):
             list(runner(work, jobs))
         assert sorted(runner(work, jobs[4:]), key=str) == [(job, list(job.rows)) for job in jobs[4:]]
-    assert children() == before
+    assert children() <= before
 
 
 def test_a_fork_that_is_killed_ends_the_evaluation_with_a_sentence():
@@ -248,7 +248,7 @@ def test_a_fork_that_is_killed_ends_the_evaluation_with_a_sentence():
     before = children()
     with threads(2), pytest.raises(RobustkitError, match="was killed; see whether the machine has enough"):
         shared_out(work, 6)
-    assert children() == before
+    assert children() <= before
 
 
 @pytest.mark.slow
