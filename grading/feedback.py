@@ -9,6 +9,7 @@ import jinja2
 from grading.records import PASSED
 from grading.score import ExerciseScore, Scorecard
 from robustkit.contracts import CONTRACTS
+from robustkit.contracts.base import NOT_COUNTED
 from robustkit.files import write_atomically
 from robustkit.lessons import LESSONS
 
@@ -385,12 +386,16 @@ def write_page(card: Scorecard, path: Path) -> None:
 
 
 def advice(card: Scorecard) -> tuple[tuple[ExerciseScore, str, str], ...]:
-    """What to look at next: at most three exercises, the most points lost first, each with its first code."""
+    """What to look at next: at most three exercises, the most points lost first, each with the first code of its own.
+
+    That another criterion must be met first is no such code.
+    """
     lost = [exercise for exercise in card.exercises if exercise.points < exercise.maximum]
     lost.sort(key=lambda exercise: exercise.points - exercise.maximum)
     chosen = []
     for exercise in lost[:3]:
         notes = [note for mark in exercise.marks if mark.outcome != PASSED for note in mark.notes]
+        notes.sort(key=lambda note: note.code == NOT_COUNTED)
         if notes:
             chosen.append((exercise, notes[0].code, notes[0].hint))
     return tuple(chosen)

@@ -584,6 +584,19 @@ def test_feedback_says_what_was_asked_and_what_to_look_at(course, release, tmp_p
     assert feedback.render(card) == feedback.render(card)
 
 
+def test_advice_names_what_is_wrong_before_what_it_cost_beside(verdicts):
+    """Two marks of the first exercise are lost; the one that only waits for the other comes first on the page."""
+    notes = Note("NOT_COUNTED", "this counts only beside L2"), Note("SQUARED", "take the root")
+    lost = [
+        dataclasses.replace(mark, points=0.0, outcome="failed", notes=(note,))
+        for mark, note in zip(verdicts.marks[:2], notes, strict=True)
+    ]
+    assert lost[0].exercise == lost[1].exercise
+    card = score(dataclasses.replace(verdicts, marks=(*lost, *verdicts.marks[2:])), {})
+    advised = {exercise.id: code for exercise, code, _ in feedback.advice(card)}
+    assert advised[lost[0].exercise] == "SQUARED"
+
+
 def test_feedback_escapes_everything_and_runs_nothing(verdicts):
     evil = "<script>alert(1)</script><img src=x onerror=alert(2)>"
     mark = dataclasses.replace(verdicts.marks[0], points=0.0, outcome=evil, notes=(Note(evil, evil),))

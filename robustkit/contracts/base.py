@@ -20,6 +20,8 @@ import numpy as np
 Array = np.ndarray[Any, Any]
 Arrays = dict[str, Any]  # of numpy arrays and numpy scalars: what np.savez keeps without pickles
 
+NOT_COUNTED = "NOT_COUNTED"  # the code of what is right, and counts nothing beside what is wrong
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -117,9 +119,7 @@ def withheld(contract: Contract, found: list[Finding]) -> list[Finding]:
     if not contract.essential or not lost.issuperset(contract.essential):
         return []
     hint = f"this counts only beside {' or '.join(contract.essential)}"
-    return [
-        Finding(criterion, "NOT_COUNTED", hint) for criterion in contract.criteria if criterion not in lost
-    ]
+    return [Finding(criterion, NOT_COUNTED, hint) for criterion in contract.criteria if criterion not in lost]
 
 
 @contextmanager
