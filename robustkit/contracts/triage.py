@@ -438,8 +438,9 @@ def _draw_gates(seed: int) -> Arrays:
         floors = []
         for bar, kept in enumerate(measured):
             share = Interval(int(kept.sum()), _KEPT)
-            # Passed at just its floor, failed by less than half of the interval, failed by the share itself.
-            nearby = (share.low, (share.low + share.share) / 2, share.share + 0.01)
+            # Passed by little, failed by less than half of the interval, failed by the share itself. Never by less
+            # than the digits in which two formulas for an interval agree.
+            nearby = (share.low - 0.001, (share.low + share.share) / 2, share.share + 0.01)
             floors.append(nearby[(case + bar) % 3])
         cases.append((arrays, floors))
     kept = np.stack([np.stack(list(arrays.values())) for arrays, _ in cases])
