@@ -13,6 +13,9 @@ from grading.demo import fill
 from grading.fresh import Server
 from grading.workspace import repository
 
+# The cases follow from it: by which of several codes a wrong answer loses may hang on them, and must not change.
+SECRET = b"a secret of the lessons' tests, 00"
+
 
 def answered(lesson: str, answers: Mapping[str, str], imports: str) -> NotebookNode:
     """The released notebook with these answers, without the text and the measurements between the exercises.
@@ -28,6 +31,7 @@ def answered(lesson: str, answers: Mapping[str, str], imports: str) -> NotebookN
 def lost(lesson: str, submission: NotebookNode, folder: Path) -> dict[str, dict[str, str]]:
     """Exercise -> lost criterion -> the code that is told, after sandbox and judge."""
     nbformat.write(submission, folder / "submission.ipynb")
+    (folder / "secret").write_bytes(SECRET)
     with Server() as server:
         records = pipeline.assess(
             folder / "submission.ipynb",
